@@ -1,0 +1,70 @@
+"""memlistener: QEMU's memory API as an async library.
+
+Where things are, lowest first; imports only ever point downwards:
+
+=====================  =========================================================
+errors                 every exception, and when you get which
+core                   pure and synchronous: regions, views, events, access rules
+ram                    RamBlock: host memory
+listener, dispatch     who hears of changes; an access -> a region's ops
+bracket                the gate that holds vCPUs while memory changes
+memory, vcpu           transactions; a vCPU as a trio task and a thread of its own
+kvm, testing           KVM under it all; FakeKvm and helpers for your own tests
+cli                    the ``memlistener`` command
+=====================  =========================================================
+
+Importing this package loads neither cffi nor the KVM extension; ``from
+memlistener import kvm`` is what does, and only when a VM is opened.
+"""
+
+from memlistener.core.flatview import FlatRange, FlatView
+from memlistener.core.ops import AccessConstraints, MemoryRegionOps, MemTxAttrs, MemTxResult
+from memlistener.core.region import MemoryRegion, RegionKind
+from memlistener.errors import (
+    BrokenMemoryError,
+    KvmError,
+    KvmUnavailableError,
+    ListenerError,
+    MemlistenerError,
+    MemslotError,
+    RamInUseError,
+    RegionError,
+    RegionTypeError,
+    TransactionError,
+    UnassignedAccessError,
+    VcpuBusyError,
+)
+from memlistener.listener import ListenerPriority, MemoryListener, MemoryRegionSection
+from memlistener.memory import AddressSpace, MemorySystem
+from memlistener.ram import RamBlock
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccessConstraints",
+    "AddressSpace",
+    "BrokenMemoryError",
+    "FlatRange",
+    "FlatView",
+    "KvmError",
+    "KvmUnavailableError",
+    "ListenerError",
+    "ListenerPriority",
+    "MemTxAttrs",
+    "MemTxResult",
+    "MemlistenerError",
+    "MemoryListener",
+    "MemoryRegion",
+    "MemoryRegionOps",
+    "MemoryRegionSection",
+    "MemorySystem",
+    "MemslotError",
+    "RamBlock",
+    "RamInUseError",
+    "RegionError",
+    "RegionKind",
+    "RegionTypeError",
+    "TransactionError",
+    "UnassignedAccessError",
+    "VcpuBusyError",
+]

@@ -1,0 +1,428 @@
+"""`FlatRange` and `FlatView`: what a tree of regions shows, as an immutable value.
+
+A view is a sequence of ranges in ascending order, none touching a neighbour
+that it could be merged with. It is stored in chunks of a few hundred ranges, so
+that a new view shares with the old one all the chunks that did not change: the
+price of a small change is one chunk and the list of chunks, whatever the size
+of the map. Nothing is ever modified, so a view can be read from any thread
+without a lock, and stays whole for as long as anybody holds it.
+
+Rendering itself is in `memlistener.core.render`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from memlistener.core.diff import Event, diff
+from memlistener.core.region import (
+    LIMIT,
+    LOG_SHIFT,
+    NONVOLATILE,
+    READONLY,
+    ROMD_MODE,
+    UNMERGEABLE,
+    MemoryRegion,
+)
+from memlistener.core.render import Piece, render
+
+# Ranges in a full chunk. Replacing a range copies one chunk of this size and a
+# list of len(view) / this: at 256 both stay small up to a million ranges.
+_CHUNK = 256
+
+
+class FlatRange(NamedTuple):
+    """A run of addresses that shows one stretch of one region.
+
+    A tuple, because views of a million are made and a frozen attrs class takes
+    five times as long to construct.
+
+    Attributes:
+        start: First address.
+        size: Bytes.
+        region: What shows; never a container or an alias.
+        offset: Where in ``region`` it starts, in bytes.
+        flags: The flags below, packed.
+        via: For unmergeable ranges only: the aliases through which the region is seen.
+    """
+
+    start: int
+    size: int
+    region: MemoryRegion
+    offset: int
+    flags: int
+    via: tuple[object, ...] | None
+
+    @property
+    def end(self) -> int:
+        """One past the last address."""
+        return self.start + self.size
+
+    @property
+    def readonly(self) -> bool:
+        """Whether the region, or anything above it on the way, is read-only."""
+        return bool(self.flags & READONLY)
+
+    @property
+    def romd_mode(self) -> bool:
+        """Whether a ROM device is read as memory; True for other regions."""
+        return bool(self.flags & ROMD_MODE)
+
+    @property
+    def nonvolatile(self) -> bool:
+        """Whether the memory outlives the machine."""
+        return bool(self.flags & NONVOLATILE)
+
+    @property
+    def unmergeable(self) -> bool:
+        """Whether the range stays apart from its neighbours."""
+        return bool(self.flags & UNMERGEABLE)
+
+    @property
+    def dirty_log_mask(self) -> int:
+        """One bit for each client that logs writes to the range."""
+        return self.flags >> LOG_SHIFT
+
+    def __eq__(self, other: object) -> bool:
+        """Equal by content; the way a region is reached does not count."""
+        return isinstance(other, FlatRange) and self[:5] == other[:5]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[:5])
+
+    def __repr__(self) -> str:
+        flags = "".join(
+            f" {name}"
+            for name in ("readonly", "nonvolatile", "unmergeable")
+            if getattr(self, name)
+        )
+        if not self.flags & ROMD_MODE:
+            flags += " not-romd"
+        return (
+            f"<FlatRange [{self.start:#x}, {self.end:#x}) {self.region.kind.value} "
+            f"{self.region.name!r} +{self.offset:#x}{flags}>"
+        )
+
+
+def mergeable(left: FlatRange, right: FlatRange) -> bool:
+    """Rule F6, for two ranges in ascending order.
+
+    Two pieces of one unmergeable range that was cut in two for our own reasons
+    (at the edge of a rendered window) join again: they were reached the same way.
+    """
+    return (
+        left[2] is right[2]
+        and left[0] + left[1] == right[0]
+        and left[3] + left[1] == right[3]
+        and left[4] == right[4]
+        and (not left[4] & UNMERGEABLE or left[5] == right[5])
+    )
+
+
+class FlatView:
+    """What an address space shows (QEMU's ``FlatView``): immutable, ascending.
+
+    Make one with `FlatView.render`. ``len(view)`` is the number of ranges and
+    iterating gives them; two views are equal when their ranges are.
+    """
+
+    __slots__ = ("_chunks", "_firsts", "_length", "_starts")
+
+    def __init__(self, ranges: Iterable[FlatRange] = ()) -> None:
+        """A view of these ranges, which must be in order, apart and merged."""
+        whole = tuple(ranges)
+        self._set(_chunked(whole), len(whole))
+
+    def _set(self, chunks: list[tuple[FlatRange, ...]], length: int) -> None:
+        self._chunks = chunks
+        self._starts = [tuple([each[0] for each in chunk]) for chunk in chunks]
+        self._firsts = [starts[0] for starts in self._starts]
+        self._length = length
+
+    @classmethod
+    def render(cls, root: MemoryRegion) -> FlatView:
+        """Flatten the tree below ``root`` (rules F1 to F6). O(n log n), pure.
+
+        Args:
+            root: Rendered at its own `MemoryRegion.addr`, clipped to 64 bits.
+        """
+        return cls(_joined(render(root, 0, LIMIT)))
+
+    # ---- reading --------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[FlatRange]:
+        for chunk in self._chunks:
+            yield from chunk
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FlatView):
+            return NotImplemented
+        if self is other:
+            return True
+        return self._length == other._length and all(
+            one == two for one, two in zip(self, other, strict=True)
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"<FlatView of {self._length} ranges>"
+
+    def __str__(self) -> str:
+        """One line a range, ascending, for people and for comparing in tests."""
+        return "\n".join(repr(each)[11:-1] for each in self)
+
+    def lookup(self, addr: int) -> FlatRange | None:
+        """The range that covers ``addr``, or None (rule F8).
+
+        O(log n), without a lock, from any thread.
+        """
+        chunk = bisect_right(self._firsts, addr) - 1
+        if chunk < 0:
+            return None
+        index = bisect_right(self._starts[chunk], addr) - 1
+        found = self._chunks[chunk][index]
+        return found if addr < found[0] + found[1] else None
+
+    def overlapping(self, low: int, high: int) -> Iterator[FlatRange]:
+        """The ranges that reach into [low, high), ascending. O(log n + found)."""
+        chunk = max(bisect_right(self._firsts, low) - 1, 0)
+        for each in range(chunk, len(self._chunks)):
+            start = bisect_right(self._starts[each], low) - 1 if each == chunk else 0
+            for found in self._chunks[each][max(start, 0) :]:
+                if found[0] >= high:
+                    return
+                if found[0] + found[1] > low:
+                    yield found
+
+    # ---- making the next view ---------------------------------------------------
+
+    def updated(
+        self, root: MemoryRegion, windows: Sequence[tuple[int, int]]
+    ) -> tuple[FlatView, list[Event]]:
+        """The view after a change that can show only inside ``windows``.
+
+        Renders those windows and shares the rest: O(log n + what is in them).
+
+        Args:
+            root: The tree as it is now.
+            windows: [low, high) each; in any order, may overlap.
+
+        Returns:
+            The new view and what differs, deletes first, both ascending (rule
+            T5), without a word on ranges that stay. Where nothing differs the
+            view is ``self``.
+        """
+        view = self
+        dels: list[Event] = []
+        adds: list[Event] = []
+        for group in self._groups(_union(windows)):
+            view, events = view._updated(root, group)
+            for event in events:
+                (dels if event.is_delete else adds).append(event)
+        return view, dels + adds
+
+    def _groups(self, windows: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """The windows, those together that touch one and the same range."""
+        group: list[tuple[int, int]] = []
+        reach = 0
+        for low, high in windows:
+            near = list(self._between(*self._position(low), *self._position_after(high)))
+            if group and near and near[0][0] < reach:
+                group.append((low, high))
+            else:
+                if group:
+                    yield group
+                group = [(low, high)]
+            reach = max(high, near[-1][0] + near[-1][1]) if near else high
+        if group:
+            yield group
+
+    def _updated(
+        self, root: MemoryRegion, windows: list[tuple[int, int]]
+    ) -> tuple[FlatView, list[Event]]:
+        # The old ranges that reach into a window or touch it: those can merge
+        # with what is rendered now, all others cannot.
+        first_chunk, first = self._position(windows[0][0])
+        last_chunk, last = self._position_after(windows[-1][1])
+        old = list(self._between(first_chunk, first, last_chunk, last))
+        pieces: list[FlatRange] = []
+        at = 0  # up to here everything is in pieces
+        kept = iter(old)
+        each = next(kept, None)
+        for low, high in windows:
+            # What lies before the window, and of a range that reaches into it
+            # the part before it.
+            while each is not None and each[0] < low:
+                end = each[0] + each[1]
+                if max(at, each[0]) < min(low, end):
+                    pieces.append(_cut(each, max(at, each[0]), min(low, end)))
+                if end > low:
+                    break
+                each = next(kept, None)
+            pieces.extend(_joined(render(root, low, high)))
+            at = high
+            while each is not None and each[0] + each[1] <= high:
+                each = next(kept, None)
+        while each is not None:
+            pieces.append(_cut(each, max(at, each[0]), each[0] + each[1]))
+            each = next(kept, None)
+        new = _merged(pieces)
+        events = diff(old, new)
+        if not events:
+            return self, []
+        return self._spliced(first_chunk, first, last_chunk, last, new), events
+
+    def _position(self, low: int) -> tuple[int, int]:
+        """Chunk and index of the first range that reaches to ``low`` or beyond."""
+        if not self._chunks:
+            return 0, 0
+        chunk = max(bisect_left(self._firsts, low) - 1, 0)
+        index = max(bisect_left(self._starts[chunk], low) - 1, 0)
+        each = self._chunks[chunk][index]
+        if each[0] + each[1] < low:
+            index += 1
+            if index == len(self._chunks[chunk]):
+                return chunk + 1, 0
+        return chunk, index
+
+    def _position_after(self, high: int) -> tuple[int, int]:
+        """Chunk and index of the first range that starts above ``high``."""
+        if not self._chunks:
+            return 0, 0
+        chunk = max(bisect_right(self._firsts, high) - 1, 0)
+        index = bisect_right(self._starts[chunk], high)
+        if index == len(self._chunks[chunk]):
+            return chunk + 1, 0
+        return chunk, index
+
+    def _between(
+        self, first_chunk: int, first: int, last_chunk: int, last: int
+    ) -> Iterator[FlatRange]:
+        for chunk in range(first_chunk, min(last_chunk + 1, len(self._chunks))):
+            low = first if chunk == first_chunk else 0
+            high = last if chunk == last_chunk else None
+            yield from self._chunks[chunk][low:high]
+
+    def _spliced(
+        self, first_chunk: int, first: int, last_chunk: int, last: int, new: list[FlatRange]
+    ) -> FlatView:
+        chunks = self._chunks
+        if first_chunk == len(chunks) and chunks:
+            # Behind the last range: go on with the last chunk, not with a new one.
+            first_chunk = last_chunk = first_chunk - 1
+            first = last = len(chunks[first_chunk])
+        head = chunks[first_chunk][:first] if first else ()
+        tail = chunks[last_chunk][last:] if last else ()
+        stop = last_chunk + 1 if last else last_chunk
+        middle = (*head, *new, *tail)
+        # A chunk that became small takes its neighbour in, so that a view which
+        # shrinks does not end as many chunks of a range or two.
+        if len(middle) < _CHUNK // 4 and stop < len(chunks):
+            middle = (*middle, *chunks[stop])
+            stop += 1
+        made = _chunked(middle)
+        view = FlatView.__new__(FlatView)
+        view._chunks = chunks[:first_chunk] + made + chunks[stop:]
+        starts = [tuple([each[0] for each in chunk]) for chunk in made]
+        view._starts = self._starts[:first_chunk] + starts + self._starts[stop:]
+        view._firsts = (
+            self._firsts[:first_chunk] + [each[0] for each in starts] + self._firsts[stop:]
+        )
+        view._length = (
+            self._length - sum(map(len, chunks[first_chunk:stop])) + len(middle)
+        )
+        return view
+
+    # ---- checking -----------------------------------------------------------------
+
+    def check(self) -> None:
+        """Assert every invariant of the view and of its storage. O(n), for tests."""
+        assert self._length == sum(map(len, self._chunks))
+        assert len(self._chunks) == len(self._starts) == len(self._firsts)
+        for chunk, starts, first in zip(self._chunks, self._starts, self._firsts, strict=True):
+            assert 0 < len(chunk) <= 2 * _CHUNK
+            assert starts == tuple(each.start for each in chunk)
+            assert first == starts[0]
+        previous: FlatRange | None = None
+        for each in self:
+            assert each.size > 0, each
+            assert 0 <= each.start < each.end <= LIMIT, each
+            assert each.region._terminates, each
+            assert 0 <= each.offset, each
+            assert each.via is None or each.unmergeable, each
+            if previous is not None:
+                assert previous.end <= each.start, (previous, each)
+                assert not mergeable(previous, each), (previous, each)
+            previous = each
+
+
+def _cut(each: FlatRange, low: int, high: int) -> FlatRange:
+    start, _, region, offset, flags, via = each
+    return FlatRange(low, high - low, region, offset + low - start, flags, via)
+
+
+def _joined(pieces: Iterable[Piece]) -> list[FlatRange]:
+    """Ranges from rendered pieces in ascending order, merged by rule F6."""
+    new = tuple.__new__  # FlatRange's own constructor, without the keyword handling
+    ranges: list[FlatRange] = []
+    last: FlatRange | None = None
+    for low, high, region, base, flags, via in pieces:
+        made = new(
+            FlatRange, (low, high - low, region, low - base, flags, via if flags & UNMERGEABLE else None)
+        )
+        if last is not None and last[2] is region and mergeable(last, made):
+            made = ranges[-1] = _extended(last, made)
+        else:
+            ranges.append(made)
+        last = made
+    return ranges
+
+
+def _merged(ranges: list[FlatRange]) -> list[FlatRange]:
+    merged: list[FlatRange] = []
+    for each in ranges:
+        if merged and mergeable(merged[-1], each):
+            merged[-1] = _extended(merged[-1], each)
+        else:
+            merged.append(each)
+    return merged
+
+
+def _extended(left: FlatRange, right: FlatRange) -> FlatRange:
+    start, size, region, offset, flags, via = left
+    return FlatRange(start, size + right[1], region, offset, flags, via)
+
+
+def _chunked(ranges: tuple[FlatRange, ...]) -> list[tuple[FlatRange, ...]]:
+    """``ranges`` cut into chunks, of which none is above twice the usual size."""
+    if not ranges:
+        return []
+    if len(ranges) <= 2 * _CHUNK:
+        return [ranges]
+    return [ranges[at : at + _CHUNK] for at in range(0, len(ranges), _CHUNK)]
+
+
+def _union(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The windows clipped to 64 bits, in order, those that touch made one."""
+    clipped = sorted(
+        (max(low, 0), min(high, LIMIT)) for low, high in windows if low < LIMIT and high > 0
+    )
+    union: list[tuple[int, int]] = []
+    for low, high in clipped:
+        if low >= high:
+            continue
+        if union and low <= union[-1][1]:
+            union[-1] = (union[-1][0], max(high, union[-1][1]))
+        else:
+            union.append((low, high))
+    return union

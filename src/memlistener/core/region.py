@@ -1,0 +1,752 @@
+"""The tree of memory regions, its structural checks, and what a change reaches.
+
+A `MemoryRegion` is QEMU's: a container, RAM, ROM, a ROM device, I/O, an alias of
+another region, a reservation or an IOMMU. One class serves for all of them, as
+in QEMU, since an attribute such as ``readonly`` means the same for each; `kind`
+tells them apart.
+
+Every mutator does the same five things in the same order (`_Change`):
+
+1. check its arguments, and raise `RegionError` with nothing changed;
+2. find every tree owner (`TreeOwner`: an address space) that the region is
+   reachable from, upwards through containers and aliases, and ask each whether
+   the change may happen now;
+3. make the change;
+4. hand each owner's journal the way back;
+5. tell each owner which window of its address space may look different now:
+   what the region showed before, and what it shows after.
+
+Regions know nothing of transactions or tasks; owners do.
+"""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias, overload
+
+from memlistener.core.children import Children
+from memlistener.errors import RegionError, RegionTypeError
+
+LIMIT = 1 << 64  # one past the last address
+
+# The flags of a flat range, packed into an int (a million ranges are made).
+READONLY = 1
+ROMD_MODE = 2
+NONVOLATILE = 4
+UNMERGEABLE = 8
+INHERITED = READONLY | NONVOLATILE | UNMERGEABLE  # OR-ed downwards (rule F2)
+LOG_SHIFT = 4  # the dirty-log mask sits above the flags
+
+Translate: TypeAlias = Callable[..., Any]
+
+
+class RegionKind(enum.Enum):
+    """What a region is; the value is QEMU's word for it in ``info mtree``."""
+
+    CONTAINER = "container"
+    RAM = "ram"
+    ROM = "rom"
+    ROM_DEVICE = "romd"
+    IO = "i/o"
+    ALIAS = "alias"
+    RESERVATION = "reservation"
+    IOMMU = "iommu"
+
+
+class Block(Protocol):
+    """What a region needs of its host memory; `memlistener.RamBlock` is one."""
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        ...
+
+    @property
+    def view(self) -> memoryview:
+        """The memory, readable and writable."""
+        ...
+
+
+class TreeOwner(Protocol):
+    """Who owns the tree below a root region: in practice an `AddressSpace`."""
+
+    def check_change(self, region: MemoryRegion, what: str) -> None:
+        """Raise `TransactionError` when ``region`` may not be changed now."""
+        ...
+
+    def record(self, undo: Callable[[], None]) -> None:
+        """Keep the way back from a change that was just made."""
+        ...
+
+    @property
+    def journal(self) -> object:
+        """Owners with the same journal need to be told of an undo only once."""
+        ...
+
+    def damage(self, low: int, high: int) -> None:
+        """Addresses [low, high) may look different now."""
+        ...
+
+    def detached(self, region: MemoryRegion) -> None:
+        """``region`` left the tree, but a rollback would bring it back."""
+        ...
+
+
+# memlistener.ram puts its allocator here: core makes no host memory itself.
+_allocate: Callable[[str, int, bytes], Any] | None = None
+
+
+def set_allocator(allocate: Callable[[str, int, bytes], Any]) -> None:
+    """Say how a RAM region gets its memory when none was given to it."""
+    global _allocate
+    _allocate = allocate
+
+
+class _Container:
+    """``MemoryRegion.container(...)`` makes one; ``region.container`` is its own.
+
+    Two things of one name, both QEMU's words: on the class, the constructor of
+    a pure container (``memory_region_init``); on a region, the region that this
+    one is a subregion of, or None.
+    """
+
+    @overload
+    def __get__(
+        self, region: None, owner: type[MemoryRegion]
+    ) -> Callable[[str, int], MemoryRegion]: ...
+    @overload
+    def __get__(
+        self, region: MemoryRegion, owner: type[MemoryRegion]
+    ) -> MemoryRegion | None: ...
+    def __get__(
+        self, region: MemoryRegion | None, owner: type[MemoryRegion]
+    ) -> Callable[[str, int], MemoryRegion] | MemoryRegion | None:
+        return _make_container if region is None else region._container
+
+
+def _make_container(name: str, size: int) -> MemoryRegion:
+    """A region that shows only its subregions (``memory_region_init``).
+
+    Args:
+        name: For people: errors, ``info mtree``. Need not be unique.
+        size: In bytes, 1 to 2**64.
+
+    Raises:
+        RegionError: ``size`` is out of range.
+    """
+    return MemoryRegion(RegionKind.CONTAINER, name, size)
+
+
+class MemoryRegion:
+    """A node of the memory tree (QEMU's ``MemoryRegion``).
+
+    Make one with a class method: `container`, `ram`, `rom`, `rom_device`, `io`,
+    `alias`, `reservation` or `iommu`; the attributes are read-only and change
+    through the ``set_`` and ``add_`` methods. A region that no address space
+    reaches can be changed freely; a live one only inside
+    ``async with memory.transaction()``, else `TransactionError` is raised.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_addr",
+        "_alias_offset",
+        "_alias_target",
+        "_aliases",
+        "_block",
+        "_children",
+        "_container",
+        "_data",
+        "_enabled",
+        "_flags",
+        "_kind",
+        "_may_overlap",
+        "_name",
+        "_ops",
+        "_owners",
+        "_priority",
+        "_rank",
+        "_size",
+        "_terminates",
+        "_translate",
+    )
+
+    def __init__(self, kind: RegionKind, name: str, size: int) -> None:
+        """Use the class methods instead."""
+        if not isinstance(name, str):
+            raise TypeError(f"a region's name is a str, not {type(name).__name__}")
+        _check_size(name, size)
+        self._kind = kind
+        self._name = name
+        self._size = size
+        self._addr = 0
+        self._priority = 0
+        self._rank = 0
+        self._enabled = True
+        self._flags = ROMD_MODE
+        self._terminates = kind not in (RegionKind.CONTAINER, RegionKind.ALIAS)
+        self._may_overlap = False
+        self._container: MemoryRegion | None = None
+        self._children: Children | None = None
+        self._alias_target: MemoryRegion | None = None
+        self._alias_offset = 0
+        # Aliases of this region, weakly: an alias that was dropped with the
+        # container that held it is no concern of its target.
+        self._aliases: weakref.WeakSet[MemoryRegion] | None = None
+        self._owners: tuple[TreeOwner, ...] = ()
+        self._ops: Any = None
+        self._translate: Translate | None = None
+        self._block: Any = None
+        self._data = b""
+
+    # ---- constructors -------------------------------------------------------
+
+    container = _Container()
+
+    @classmethod
+    def ram(cls, name: str, size: int, *, block: Block | None = None) -> MemoryRegion:
+        """Host memory that a guest reads and writes (``memory_region_init_ram``).
+
+        Args:
+            name: For people.
+            size: In bytes, 1 to 2**64. Nothing is allocated before it is used.
+            block: The memory, a `RamBlock` of at least ``size`` bytes; without
+                one, anonymous zeroed memory is mapped when first needed.
+
+        Raises:
+            RegionError: ``size`` is out of range, or more than the block has.
+        """
+        region = cls(RegionKind.RAM, name, size)
+        region._adopt(block)
+        return region
+
+    @classmethod
+    def rom(
+        cls, name: str, size: int, *, data: bytes = b"", block: Block | None = None
+    ) -> MemoryRegion:
+        """RAM that the guest cannot write (``memory_region_init_rom``).
+
+        Args:
+            name: For people.
+            size: In bytes, 1 to 2**64.
+            data: What the memory starts with; zeroes follow.
+            block: Memory to use instead of new memory; see `ram`.
+
+        Raises:
+            RegionError: ``size`` is out of range, or less than ``data`` needs.
+        """
+        region = cls(RegionKind.ROM, name, size)
+        region._flags |= READONLY
+        region._adopt(block, data)
+        return region
+
+    @classmethod
+    def rom_device(
+        cls, name: str, size: int, ops: Any, *, data: bytes = b"", block: Block | None = None
+    ) -> MemoryRegion:
+        """Memory to read, ops to write: a flash (``memory_region_init_rom_device``).
+
+        In ROMD mode (how it starts) reads go straight to memory and writes to
+        ``ops.write``; out of it (`set_romd_mode`) both go to ``ops``.
+
+        Raises:
+            RegionError: ``size`` is out of range, or less than ``data`` needs.
+        """
+        region = cls(RegionKind.ROM_DEVICE, name, size)
+        region._ops = ops
+        region._adopt(block, data)
+        return region
+
+    @classmethod
+    def io(cls, name: str, size: int, ops: Any) -> MemoryRegion:
+        """A device's registers (``memory_region_init_io``).
+
+        Args:
+            name: For people.
+            size: In bytes, 1 to 2**64.
+            ops: A `MemoryRegionOps`, or any object with its ``read(offset, size,
+                attrs)`` and ``write(offset, value, size, attrs)``.
+        """
+        region = cls(RegionKind.IO, name, size)
+        region._ops = ops
+        return region
+
+    @classmethod
+    def alias(cls, name: str, target: MemoryRegion, *, offset: int, size: int) -> MemoryRegion:
+        """A window onto part of another region (``memory_region_init_alias``).
+
+        Args:
+            name: For people.
+            target: What is seen through the window; may be an alias itself.
+            offset: Where in ``target`` the window starts, in bytes.
+            size: In bytes; what reaches past the target's end shows nothing.
+
+        Raises:
+            RegionError: ``size`` or ``offset`` is out of range.
+        """
+        region = cls(RegionKind.ALIAS, name, size)
+        _check_region(target, "alias")
+        _check_offset(name, "offset", offset)
+        region._alias_target = target
+        region._alias_offset = offset
+        if target._aliases is None:
+            target._aliases = weakref.WeakSet()
+        target._aliases.add(region)
+        return region
+
+    @classmethod
+    def reservation(cls, name: str, size: int) -> MemoryRegion:
+        """Addresses kept for somebody else, such as the kernel's own devices."""
+        return cls(RegionKind.RESERVATION, name, size)
+
+    @classmethod
+    def iommu(cls, name: str, size: int, translate: Translate) -> MemoryRegion:
+        """A region whose addresses are translated into another address space."""
+        region = cls(RegionKind.IOMMU, name, size)
+        region._translate = translate
+        return region
+
+    def _adopt(self, block: Block | None, data: bytes = b"") -> None:
+        if len(data) > self._size:
+            raise RegionError(
+                f"{self._name!r}: {len(data):#x} bytes of data do not fit its size {self._size:#x}"
+            )
+        if block is None:
+            self._data = bytes(data)
+            return
+        if block.size < self._size:
+            raise RegionError(
+                f"{self._name!r}: its size {self._size:#x} is more than its block has, "
+                f"{block.size:#x}: make the region smaller or the block larger"
+            )
+        block.view[: len(data)] = data
+        self._block = block
+
+    # ---- attributes ---------------------------------------------------------
+
+    @property
+    def kind(self) -> RegionKind:
+        """What the region is."""
+        return self._kind
+
+    @property
+    def name(self) -> str:
+        """The name it was made with."""
+        return self._name
+
+    @property
+    def size(self) -> int:
+        """Size in bytes, 1 to 2**64."""
+        return self._size
+
+    @property
+    def addr(self) -> int:
+        """Offset in the container in bytes; what it last was where there is none."""
+        return self._addr
+
+    @property
+    def priority(self) -> int:
+        """Priority among its siblings: the higher hides the lower."""
+        return self._priority
+
+    @property
+    def enabled(self) -> bool:
+        """False hides the region and all below it."""
+        return self._enabled
+
+    @property
+    def readonly(self) -> bool:
+        """The region's own flag; what is above it in a view may add to it."""
+        return bool(self._flags & READONLY)
+
+    @property
+    def nonvolatile(self) -> bool:
+        """The region's own flag: memory that outlives the machine."""
+        return bool(self._flags & NONVOLATILE)
+
+    @property
+    def unmergeable(self) -> bool:
+        """The region's own flag: its ranges are never merged with neighbours."""
+        return bool(self._flags & UNMERGEABLE)
+
+    @property
+    def romd_mode(self) -> bool:
+        """Whether a ROM device is read as memory; True for all other regions."""
+        return bool(self._flags & ROMD_MODE)
+
+    @property
+    def alias_target(self) -> MemoryRegion | None:
+        """What an alias shows; None for other regions."""
+        return self._alias_target
+
+    @property
+    def alias_offset(self) -> int:
+        """Where in its target an alias starts, in bytes."""
+        return self._alias_offset
+
+    @property
+    def subregions(self) -> tuple[MemoryRegion, ...]:
+        """The subregions in the order they are tried: highest priority first."""
+        return tuple(self._children) if self._children is not None else ()
+
+    @property
+    def ops(self) -> Any:
+        """What answers accesses to I/O and to ROM devices; else None."""
+        return self._ops
+
+    @property
+    def translate(self) -> Translate | None:
+        """An IOMMU region's translation; else None."""
+        return self._translate
+
+    @property
+    def block(self) -> Any:
+        """The `RamBlock` behind RAM, ROM and ROM devices; None for other regions.
+
+        Raises:
+            OSError: The memory has to be mapped now, and the host refuses.
+        """
+        if self._block is None and self._kind in _BACKED:
+            if _allocate is None:  # pragma: no cover - memlistener.ram always sets it
+                raise RegionError(f"{self._name!r} has no block: import memlistener.ram")
+            self._block = _allocate(self._name, self._size, self._data)
+            self._data = b""
+        return self._block
+
+    def __repr__(self) -> str:
+        where = f" at {self._addr:#x}" if self._container is not None else ""
+        return f"<MemoryRegion {self._kind.value} {self._name!r} size {self._size:#x}{where}>"
+
+    # ---- mutators -----------------------------------------------------------
+
+    def add_subregion(self, addr: int, region: MemoryRegion) -> None:
+        """Map ``region`` at ``addr`` with priority 0; siblings may not overlap it.
+
+        Siblings that were mapped with `add_subregion_overlap` may
+        (``memory_region_add_subregion``).
+
+        Args:
+            addr: Offset in this region, in bytes. What reaches past this
+                region's end shows nothing.
+            region: A region that is in no container yet.
+
+        Raises:
+            RegionError: ``region`` overlaps a sibling, is in a container
+                already, or contains or shows this region.
+            TransactionError: The tree is live and no transaction is open.
+        """
+        self._add(addr, region, 0, may_overlap=False)
+
+    def add_subregion_overlap(self, addr: int, region: MemoryRegion, priority: int) -> None:
+        """Map ``region`` at ``addr``; where it overlaps, the higher priority shows.
+
+        Args:
+            addr: Offset in this region, in bytes.
+            region: A region that is in no container yet.
+            priority: Signed, compared among siblings only. Of equal priorities
+                the later-added shows.
+
+        Raises:
+            RegionError: As `add_subregion`, but overlaps are welcome.
+            TransactionError: The tree is live and no transaction is open.
+        """
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise RegionTypeError(
+                f"priority of {region!r} in {self!r} is an int, not {priority!r}"
+            )
+        self._add(addr, region, priority, may_overlap=True)
+
+    def _add(self, addr: int, region: MemoryRegion, priority: int, *, may_overlap: bool) -> None:
+        _check_region(region, "add")
+        _check_offset(region._name, "addr", addr)
+        if self._kind is RegionKind.ALIAS:
+            raise RegionError(
+                f"an alias has no subregions: add {region!r} to the target "
+                f"{self._alias_target!r}, not to {self!r}"
+            )
+        if region._container is not None:
+            raise RegionError(
+                f"{region!r} is already a subregion of {region._container!r}: "
+                f"del_subregion it there before adding it to {self!r}"
+            )
+        if region is self or region in _above(self):
+            raise RegionError(
+                f"adding {region!r} to {self!r} would make a cycle: "
+                f"the one already contains the other, or shows it through an alias"
+            )
+        if not may_overlap:
+            self._check_overlap(addr, region)
+
+        old_addr, old_priority, old_overlap = region._addr, region._priority, region._may_overlap
+
+        def apply() -> None:
+            region._addr, region._priority, region._may_overlap = addr, priority, may_overlap
+            self._place(region)
+
+        def undo() -> None:
+            self._unplace(region)
+            region._addr, region._priority = old_addr, old_priority
+            region._may_overlap = old_overlap
+
+        region._change("add_subregion", apply, undo, above=self)
+
+    def _check_overlap(self, addr: int, region: MemoryRegion) -> None:
+        if self._children is None:
+            return
+        end = addr + region._size
+        for other in self._children.in_window(addr, end):
+            if other._may_overlap or other._addr >= end or other._addr + other._size <= addr:
+                continue
+            raise RegionError(
+                f"{region._name!r} at [{addr:#x}, {end:#x}) overlaps {other._name!r} at "
+                f"[{other._addr:#x}, {other._addr + other._size:#x}) in {self!r}: move one of "
+                f"them, or use add_subregion_overlap() to say which one shows"
+            )
+
+    def del_subregion(self, region: MemoryRegion) -> None:
+        """Unmap ``region`` from this container (``memory_region_del_subregion``).
+
+        Raises:
+            RegionError: ``region`` is not a subregion of this one.
+            TransactionError: The tree is live and no transaction is open.
+        """
+        _check_region(region, "del")
+        if region._container is not self:
+            raise RegionError(
+                f"{region!r} is not a subregion of {self!r}: it is in {region._container!r}"
+            )
+        rank = region._rank
+
+        def undo() -> None:
+            self._place(region, rank)
+
+        owners = region._change("del_subregion", lambda: self._unplace(region), undo)
+        for owner in owners:
+            owner.detached(region)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Show or hide the region and all below it (``memory_region_set_enabled``)."""
+        _check_bool(self, "enabled", enabled)
+
+        def apply(value: bool = enabled) -> None:
+            self._enabled = value
+
+        old = self._enabled
+        self._change("set_enabled", apply, lambda: apply(old))
+
+    def set_address(self, addr: int) -> None:
+        """Move the region within its container (``memory_region_set_address``).
+
+        It keeps its priority and becomes the latest among its equals (rule F4).
+        Overlaps are not checked, since a transaction may move several.
+        """
+        _check_offset(self._name, "addr", addr)
+        container, old, rank = self._container, self._addr, self._rank
+
+        def move(to: int, rank: int | None) -> None:
+            if container is not None:
+                container._unplace(self)
+            self._addr = to
+            if container is not None:
+                container._place(self, rank)
+
+        self._change("set_address", lambda: move(addr, None), lambda: move(old, rank))
+
+    def set_size(self, size: int) -> None:
+        """Resize the region (``memory_region_set_size``).
+
+        Raises:
+            RegionError: ``size`` is out of range, or more than its block has.
+        """
+        _check_size(self._name, size)
+        if self._block is not None and size > self._block.size:
+            raise RegionError(
+                f"{self!r} cannot grow to {size:#x}: its block has {self._block.size:#x}"
+            )
+        siblings = self._container._children if self._container is not None else None
+
+        def resize(to: int) -> None:
+            if siblings is not None:
+                siblings.unfile(self)
+            self._size = to
+            if siblings is not None:
+                siblings.file(self)
+
+        old = self._size
+        self._change("set_size", lambda: resize(size), lambda: resize(old))
+
+    def set_alias_offset(self, offset: int) -> None:
+        """Move an alias's window over its target (``memory_region_set_alias_offset``).
+
+        Raises:
+            RegionError: The region is not an alias, or ``offset`` is out of range.
+        """
+        if self._kind is not RegionKind.ALIAS:
+            raise RegionError(f"{self!r} is not an alias: it has no alias offset")
+        _check_offset(self._name, "offset", offset)
+
+        def apply(value: int = offset) -> None:
+            self._alias_offset = value
+
+        old = self._alias_offset
+        self._change("set_alias_offset", apply, lambda: apply(old))
+
+    def set_readonly(self, readonly: bool) -> None:
+        """Make memory read-only to the guest (``memory_region_set_readonly``)."""
+        self._set_flag("readonly", READONLY, readonly)
+
+    def set_nonvolatile(self, nonvolatile: bool) -> None:
+        """Mark memory as outliving the machine (``memory_region_set_nonvolatile``)."""
+        self._set_flag("nonvolatile", NONVOLATILE, nonvolatile)
+
+    def set_unmergeable(self, unmergeable: bool) -> None:
+        """Keep the region's ranges apart from neighbours' (``_set_unmergeable``)."""
+        self._set_flag("unmergeable", UNMERGEABLE, unmergeable)
+
+    def set_romd_mode(self, romd_mode: bool) -> None:
+        """Switch a ROM device between memory and ops (``memory_region_rom_device_set_romd``).
+
+        Raises:
+            RegionError: The region is not a ROM device.
+        """
+        if self._kind is not RegionKind.ROM_DEVICE:
+            raise RegionError(f"{self!r} is not a ROM device: it has no ROMD mode")
+        self._set_flag("romd_mode", ROMD_MODE, romd_mode)
+
+    def _set_flag(self, what: str, flag: int, value: bool) -> None:
+        _check_bool(self, what, value)
+        old = self._flags
+        new = old | flag if value else old & ~flag
+
+        def apply(flags: int) -> None:
+            self._flags = flags
+
+        self._change(f"set_{what}", lambda: apply(new), lambda: apply(old))
+
+    # ---- the machinery of a change -------------------------------------------
+
+    def _place(self, child: MemoryRegion, rank: int | None = None) -> None:
+        if self._children is None:
+            self._children = Children()
+        if rank is None:
+            self._children.add(child)
+        else:
+            self._children.put_back(child, rank)
+        child._container = self
+
+    def _unplace(self, child: MemoryRegion) -> None:
+        assert self._children is not None
+        self._children.remove(child)
+        child._container = None
+
+    def _change(
+        self,
+        what: str,
+        apply: Callable[[], None],
+        undo: Callable[[], None],
+        *,
+        above: MemoryRegion | None = None,
+    ) -> list[TreeOwner]:
+        """Steps 2 to 5 of a mutator. ``above`` is the container about to be joined."""
+        reached = self._reach()
+        if above is not None:
+            reached += [(owner, 0, 0) for owner, _, _ in above._reach()]
+        if not reached:
+            apply()
+            return []
+        owners = list(dict.fromkeys(owner for owner, _, _ in reached))
+        if len({id(owner.journal) for owner in owners}) > 1:
+            raise RegionError(
+                f"{self!r} is reachable from two memory systems: they cannot change it "
+                f"in one transaction"
+            )
+        for owner in owners:
+            owner.check_change(self, what)
+        apply()
+        owners[0].record(undo)
+        for owner, low, high in reached:
+            if low < high:
+                owner.damage(low, high)
+        for owner, low, high in self._reach():
+            if low < high:
+                owner.damage(low, high)
+        return owners
+
+    def _reach(self) -> list[tuple[TreeOwner, int, int]]:
+        """Where this region can show: (owner, low, high) in the owner's addresses.
+
+        Walks up through containers and through aliases of them, clipping on the
+        way. An owner from which nothing of it can be seen comes with an empty
+        window: the region is live there all the same.
+        """
+        found: list[tuple[TreeOwner, int, int]] = []
+        todo: list[tuple[MemoryRegion, int, int]] = [(self, 0, self._size)]
+        while todo:
+            region, low, high = todo.pop()
+            if low < 0:
+                low = 0
+            if high > region._size:
+                high = region._size
+            if low >= high or not region._enabled:
+                low = high = 0
+            if region._aliases:
+                for alias in region._aliases:
+                    offset = alias._alias_offset
+                    todo.append((alias, low - offset, high - offset))
+            addr = region._addr
+            for owner in region._owners:
+                found.append((owner, low + addr, high + addr))
+            if region._container is not None:
+                todo.append((region._container, low + addr, high + addr))
+        return found
+
+    def _attach_owner(self, owner: TreeOwner) -> None:
+        self._owners += (owner,)
+
+    def _detach_owner(self, owner: TreeOwner) -> None:
+        self._owners = tuple(each for each in self._owners if each is not owner)
+
+
+_BACKED = (RegionKind.RAM, RegionKind.ROM, RegionKind.ROM_DEVICE)
+
+
+def _above(region: MemoryRegion) -> set[MemoryRegion]:
+    """All regions that contain or show ``region``, at any distance."""
+    seen: set[MemoryRegion] = set()
+    todo = [region]
+    while todo:
+        each = todo.pop()
+        if each._container is not None and each._container not in seen:
+            seen.add(each._container)
+            todo.append(each._container)
+        for alias in each._aliases or ():
+            if alias not in seen:
+                seen.add(alias)
+                todo.append(alias)
+    return seen
+
+
+def _check_region(region: object, what: str) -> None:
+    if not isinstance(region, MemoryRegion):
+        raise RegionTypeError(f"{what}: {region!r} is not a MemoryRegion")
+
+
+def _check_size(name: str, size: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise RegionTypeError(f"size of {name!r} is an int, not {size!r}")
+    if not 1 <= size <= LIMIT:
+        raise RegionError(f"size of {name!r} is {size:#x}: it must be from 1 to 2**64 bytes")
+
+
+def _check_offset(name: str, what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RegionTypeError(f"{what} of {name!r} is an int, not {value!r}")
+    if not 0 <= value < LIMIT:
+        raise RegionError(f"{what} of {name!r} is {value:#x}: it must be from 0 to 2**64 - 1")
+
+
+def _check_bool(region: MemoryRegion, what: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise RegionTypeError(f"{what} of {region!r} is a bool, not {value!r}")

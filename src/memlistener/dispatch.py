@@ -1,0 +1,213 @@
+"""An access -> the memory or the ops of the region that shows there.
+
+The functions are ``async def`` since ops may be; with plain ops they never
+suspend, and then a vCPU's own thread can run them to the end without trio
+(`run_on_thread`). One code path, whoever makes the access.
+
+What an access meets, in the view of the moment:
+
+- memory (RAM, ROM, a ROM device in ROMD mode): read directly. Written directly
+  if writable; a write to read-only memory vanishes with `MemTxResult.ACCESS_ERROR`,
+  to a ROM device it goes to its ops;
+- ops (I/O, a ROM device out of ROMD mode): called, in sizes they implement;
+- a reservation or nothing: reads give all ones, writes vanish (rule K5).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+
+from memlistener.core.flatview import FlatRange, FlatView
+from memlistener.core.ops import MemTxAttrs, MemTxResult, constraints, implement, split
+from memlistener.core.region import READONLY, ROMD_MODE, MemoryRegion, RegionKind
+from memlistener.errors import RegionTypeError
+
+T = TypeVar("T")
+
+_MEMORY = frozenset({RegionKind.RAM, RegionKind.ROM})
+_UNSPECIFIED = MemTxAttrs()
+
+
+def reads_memory(each: FlatRange) -> bool:
+    """Whether a read of the range goes straight to memory."""
+    kind = each.region.kind
+    return kind in _MEMORY or (kind is RegionKind.ROM_DEVICE and bool(each.flags & ROMD_MODE))
+
+
+def writes_memory(each: FlatRange) -> bool:
+    """Whether a write to the range goes straight to memory."""
+    return each.region.kind in _MEMORY and not each.flags & READONLY
+
+
+def on_thread(view: FlatView, addr: int, size: int, is_write: bool) -> bool:
+    """Whether an access can be served on the thread that makes it."""
+    for _, length, each in _parts(view, addr, size):
+        if length and each is not None:
+            region = each.region
+            if region.ops is None or (reads_memory(each) and not is_write):
+                continue
+            if not getattr(region.ops, "thread_safe", False):
+                return False
+    return True
+
+
+def run_on_thread(access: Coroutine[Any, Any, T]) -> T:
+    """Run an access that `on_thread` allows to its end, without trio.
+
+    Raises:
+        RegionTypeError: Ops that call themselves thread-safe are ``async def``.
+    """
+    try:
+        access.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    access.close()
+    raise RegionTypeError("thread_safe ops must be plain functions, and these are async")
+
+
+async def read(
+    view: FlatView, addr: int, size: int, attrs: MemTxAttrs = _UNSPECIFIED
+) -> tuple[bytes, MemTxResult, int]:
+    """Read ``size`` bytes at ``addr``.
+
+    Returns:
+        The bytes in guest order (all ones where a part was refused), how it
+        went, and how many of the parts met nothing.
+    """
+    data = bytearray()
+    result = MemTxResult.OK
+    unassigned = 0
+    for at, length, each in _parts(view, addr, size):
+        if each is None or each.region.kind is RegionKind.RESERVATION:
+            data += b"\xff" * length
+            result |= MemTxResult.DECODE_ERROR
+            unassigned += 1
+            continue
+        offset = each.offset + at - each.start
+        if reads_memory(each):
+            data += each.region.block.view[offset : offset + length]
+        else:
+            part, how = await _read_ops(each.region, offset, length, attrs)
+            data += part
+            result |= how
+    return bytes(data), result, unassigned
+
+
+async def write(
+    view: FlatView, addr: int, data: bytes | memoryview, attrs: MemTxAttrs = _UNSPECIFIED
+) -> tuple[MemTxResult, int]:
+    """Write ``data`` at ``addr``.
+
+    Returns:
+        How it went, and how many of the parts met nothing.
+    """
+    result = MemTxResult.OK
+    unassigned = 0
+    for at, length, each in _parts(view, addr, len(data)):
+        if each is None or each.region.kind is RegionKind.RESERVATION:
+            result |= MemTxResult.DECODE_ERROR
+            unassigned += 1
+            continue
+        offset = each.offset + at - each.start
+        part = data[at - addr : at - addr + length]
+        if writes_memory(each):
+            each.region.block.view[offset : offset + length] = part
+        elif each.region.ops is None:
+            result |= MemTxResult.ACCESS_ERROR
+        elif each.flags & READONLY:
+            result |= MemTxResult.ACCESS_ERROR
+        else:
+            result |= await _write_ops(each.region, offset, bytes(part), attrs)
+    return result, unassigned
+
+
+def _parts(
+    view: FlatView, addr: int, size: int
+) -> Iterator[tuple[int, int, FlatRange | None]]:
+    """Cut [addr, addr + size) where the view changes: (address, length, range or None)."""
+    end = addr + size
+    each = view.lookup(addr)
+    if each is not None and end <= each.end:
+        yield addr, size, each
+        return
+    for each in view.overlapping(addr, end):
+        if each.start > addr:
+            yield addr, each.start - addr, None
+            addr = each.start
+        upto = min(end, each.end)
+        yield addr, upto - addr, each
+        addr = upto
+    if addr < end:
+        yield addr, end - addr, None
+
+
+async def _read_ops(
+    region: MemoryRegion, offset: int, length: int, attrs: MemTxAttrs
+) -> tuple[bytes, MemTxResult]:
+    ops = region.ops
+    if not callable(getattr(ops, "read", None)):
+        return b"\xff" * length, MemTxResult.ACCESS_ERROR
+    valid, impl = constraints(ops)
+    order = getattr(ops, "endianness", "little")
+    data = b""
+    result = MemTxResult.OK
+    for at, size in split(offset, length, valid):
+        if size < valid.min_access_size:
+            data += b"\xff" * size
+            result |= MemTxResult.DECODE_ERROR
+            continue
+        whole = 0
+        mask = (1 << 8 * size) - 1
+        how = MemTxResult.OK
+        for where, width, shift in implement(at, size, impl):
+            value = ops.read(where, width, attrs)
+            if inspect.isawaitable(value):
+                value = await value
+            if isinstance(value, MemTxResult):
+                how |= value
+                continue
+            if not isinstance(value, int):
+                raise RegionTypeError(
+                    f"read of {region!r} at offset {where:#x} returned {value!r}: "
+                    f"it returns an int, or a MemTxResult to refuse"
+                )
+            value &= (1 << 8 * width) - 1
+            # In a big-endian device the first register byte is the highest.
+            place = size - width - shift if order == "big" else shift
+            whole |= value << 8 * place if place >= 0 else value >> -8 * place
+        data += (mask if how else whole & mask).to_bytes(size, order)
+        result |= how
+    return data, result
+
+
+async def _write_ops(
+    region: MemoryRegion, offset: int, data: bytes, attrs: MemTxAttrs
+) -> MemTxResult:
+    ops = region.ops
+    if not callable(getattr(ops, "write", None)):
+        return MemTxResult.ACCESS_ERROR
+    valid, impl = constraints(ops)
+    order = getattr(ops, "endianness", "little")
+    result = MemTxResult.OK
+    for at, size in split(offset, len(data), valid):
+        if size < valid.min_access_size:
+            result |= MemTxResult.DECODE_ERROR
+            continue
+        whole = int.from_bytes(data[at - offset : at - offset + size], order)
+        for where, width, shift in implement(at, size, impl):
+            place = size - width - shift if order == "big" else shift
+            value = whole >> 8 * place if place >= 0 else whole << -8 * place
+            how = ops.write(where, value & ((1 << 8 * width) - 1), width, attrs)
+            if inspect.isawaitable(how):
+                how = await how
+            if isinstance(how, MemTxResult):
+                result |= how
+            elif how is not None:
+                raise RegionTypeError(
+                    f"write to {region!r} at offset {where:#x} returned {how!r}: "
+                    f"it returns None, or a MemTxResult to refuse"
+                )
+    return result

@@ -18,8 +18,9 @@ memlistener import kvm`` is what does, and only when a VM is opened.
 """
 
 from memlistener.core.flatview import FlatRange, FlatView
+from memlistener.core.kinds import RegionKind
 from memlistener.core.ops import AccessConstraints, MemoryRegionOps, MemTxAttrs, MemTxResult
-from memlistener.core.region import MemoryRegion, RegionKind
+from memlistener.core.region import MemoryRegion
 from memlistener.errors import (
     BrokenMemoryError,
     KvmError,

@@ -20,8 +20,9 @@ from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 from memlistener.core.flatview import FlatRange, FlatView
+from memlistener.core.kinds import READONLY, ROMD_MODE, RegionKind
 from memlistener.core.ops import MemTxAttrs, MemTxResult, constraints, implement, split
-from memlistener.core.region import READONLY, ROMD_MODE, MemoryRegion, RegionKind
+from memlistener.core.region import MemoryRegion
 from memlistener.errors import RegionTypeError
 
 T = TypeVar("T")
@@ -115,18 +116,14 @@ async def write(
         part = data[at - addr : at - addr + length]
         if writes_memory(each):
             each.region.block.view[offset : offset + length] = part
-        elif each.region.ops is None:
-            result |= MemTxResult.ACCESS_ERROR
-        elif each.flags & READONLY:
+        elif each.region.ops is None or each.flags & READONLY:
             result |= MemTxResult.ACCESS_ERROR
         else:
             result |= await _write_ops(each.region, offset, bytes(part), attrs)
     return result, unassigned
 
 
-def _parts(
-    view: FlatView, addr: int, size: int
-) -> Iterator[tuple[int, int, FlatRange | None]]:
+def _parts(view: FlatView, addr: int, size: int) -> Iterator[tuple[int, int, FlatRange | None]]:
     """Cut [addr, addr + size) where the view changes: (address, length, range or None)."""
     end = addr + size
     each = view.lookup(addr)

@@ -103,7 +103,7 @@ class RamBlock:
         try:
             there = os.fstat(fd).st_size
             label = name if name is not None else Path(path).name
-            if offset % PAGE_SIZE or not 0 <= offset:
+            if offset % PAGE_SIZE or not offset >= 0:
                 raise RegionError(
                     f"{label!r}: offset {offset:#x} is not a multiple of the page size "
                     f"{PAGE_SIZE:#x}"

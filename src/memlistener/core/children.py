@@ -128,9 +128,7 @@ class Children:
         return found
 
     @staticmethod
-    def _file(
-        grid: dict[int, dict[int, dict[MemoryRegion, None]]], child: MemoryRegion
-    ) -> None:
+    def _file(grid: dict[int, dict[int, dict[MemoryRegion, None]]], child: MemoryRegion) -> None:
         size_class = (child._size - 1).bit_length()
         cells = grid.setdefault(size_class, {})
         cells.setdefault(child._addr >> size_class, {})[child] = None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import attrs
 
-from memlistener.core.region import LOG_SHIFT
+from memlistener.core.kinds import LOG_SHIFT
 
 if TYPE_CHECKING:
     from memlistener.core.flatview import FlatRange
@@ -88,12 +88,9 @@ def diff(
 
 def _same(one: FlatRange, two: FlatRange) -> bool:
     """Whether two ranges with one start differ at most in what is logged."""
-    return (
-        one is two
-        or (
-            one[1] == two[1]
-            and one[2] is two[2]
-            and one[3] == two[3]
-            and (one[4] ^ two[4]) & _FLAGS == 0
-        )
+    return one is two or (
+        one[1] == two[1]
+        and one[2] is two[2]
+        and one[3] == two[3]
+        and (one[4] ^ two[4]) & _FLAGS == 0
     )

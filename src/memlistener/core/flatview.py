@@ -17,15 +17,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from memlistener.core.diff import Event, diff
-from memlistener.core.region import (
+from memlistener.core.kinds import (
     LIMIT,
     LOG_SHIFT,
     NONVOLATILE,
     READONLY,
     ROMD_MODE,
     UNMERGEABLE,
-    MemoryRegion,
 )
+from memlistener.core.region import MemoryRegion
 from memlistener.core.render import Piece, render
 
 # Ranges in a full chunk. Replacing a range copies one chunk of this size and a
@@ -97,9 +97,7 @@ class FlatRange(NamedTuple):
 
     def __repr__(self) -> str:
         flags = "".join(
-            f" {name}"
-            for name in ("readonly", "nonvolatile", "unmergeable")
-            if getattr(self, name)
+            f" {name}" for name in ("readonly", "nonvolatile", "unmergeable") if getattr(self, name)
         )
         if not self.flags & ROMD_MODE:
             flags += " not-romd"
@@ -338,9 +336,7 @@ class FlatView:
         view._firsts = (
             self._firsts[:first_chunk] + [each[0] for each in starts] + self._firsts[stop:]
         )
-        view._length = (
-            self._length - sum(map(len, chunks[first_chunk:stop])) + len(middle)
-        )
+        view._length = self._length - sum(map(len, chunks[first_chunk:stop])) + len(middle)
         return view
 
     # ---- checking -----------------------------------------------------------------
@@ -358,7 +354,7 @@ class FlatView:
             assert each.size > 0, each
             assert 0 <= each.start < each.end <= LIMIT, each
             assert each.region._terminates, each
-            assert 0 <= each.offset, each
+            assert each.offset >= 0, each
             assert each.via is None or each.unmergeable, each
             if previous is not None:
                 assert previous.end <= each.start, (previous, each)
@@ -378,7 +374,8 @@ def _joined(pieces: Iterable[Piece]) -> list[FlatRange]:
     last: FlatRange | None = None
     for low, high, region, base, flags, via in pieces:
         made = new(
-            FlatRange, (low, high - low, region, low - base, flags, via if flags & UNMERGEABLE else None)
+            FlatRange,
+            (low, high - low, region, low - base, flags, via if flags & UNMERGEABLE else None),
         )
         if last is not None and last[2] is region and mergeable(last, made):
             made = ranges[-1] = _extended(last, made)

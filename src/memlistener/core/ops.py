@@ -97,9 +97,7 @@ class MemoryRegionOps:
     impl: AccessConstraints = AccessConstraints()
     thread_safe: bool = False
 
-    def read(
-        self, offset: int, size: int, attrs: MemTxAttrs
-    ) -> ReadResult | Awaitable[ReadResult]:
+    def read(self, offset: int, size: int, attrs: MemTxAttrs) -> ReadResult | Awaitable[ReadResult]:
         """The value of ``size`` bytes at ``offset`` in the region.
 
         Return a `MemTxResult` instead to refuse.
@@ -140,9 +138,7 @@ def split(offset: int, size: int, valid: AccessConstraints) -> Iterator[tuple[in
         offset += step
 
 
-def implement(
-    offset: int, size: int, impl: AccessConstraints
-) -> list[tuple[int, int, int]]:
+def implement(offset: int, size: int, impl: AccessConstraints) -> list[tuple[int, int, int]]:
     """How an access is made of calls that the model implements.
 
     Returns:

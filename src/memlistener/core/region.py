@@ -5,7 +5,7 @@ another region, a reservation or an IOMMU. One class serves for all of them, as
 in QEMU, since an attribute such as ``readonly`` means the same for each; `kind`
 tells them apart.
 
-Every mutator does the same five things in the same order (`_Change`):
+Every mutator does the same five things in the same order (`core.change`):
 
 1. check its arguments, and raise `RegionError` with nothing changed;
 2. find every tree owner (`TreeOwner`: an address space) that the region is
@@ -21,38 +21,23 @@ Regions know nothing of transactions or tasks; owners do.
 
 from __future__ import annotations
 
-import enum
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, overload
 
+from memlistener.core.change import TreeOwner, above_of, change
 from memlistener.core.children import Children
+from memlistener.core.kinds import (
+    LIMIT,
+    NONVOLATILE,
+    READONLY,
+    ROMD_MODE,
+    UNMERGEABLE,
+    RegionKind,
+)
 from memlistener.errors import RegionError, RegionTypeError
 
-LIMIT = 1 << 64  # one past the last address
-
-# The flags of a flat range, packed into an int (a million ranges are made).
-READONLY = 1
-ROMD_MODE = 2
-NONVOLATILE = 4
-UNMERGEABLE = 8
-INHERITED = READONLY | NONVOLATILE | UNMERGEABLE  # OR-ed downwards (rule F2)
-LOG_SHIFT = 4  # the dirty-log mask sits above the flags
-
 Translate: TypeAlias = Callable[..., Any]
-
-
-class RegionKind(enum.Enum):
-    """What a region is; the value is QEMU's word for it in ``info mtree``."""
-
-    CONTAINER = "container"
-    RAM = "ram"
-    ROM = "rom"
-    ROM_DEVICE = "romd"
-    IO = "i/o"
-    ALIAS = "alias"
-    RESERVATION = "reservation"
-    IOMMU = "iommu"
 
 
 class Block(Protocol):
@@ -66,31 +51,6 @@ class Block(Protocol):
     @property
     def view(self) -> memoryview:
         """The memory, readable and writable."""
-        ...
-
-
-class TreeOwner(Protocol):
-    """Who owns the tree below a root region: in practice an `AddressSpace`."""
-
-    def check_change(self, region: MemoryRegion, what: str) -> None:
-        """Raise `TransactionError` when ``region`` may not be changed now."""
-        ...
-
-    def record(self, undo: Callable[[], None]) -> None:
-        """Keep the way back from a change that was just made."""
-        ...
-
-    @property
-    def journal(self) -> object:
-        """Owners with the same journal need to be told of an undo only once."""
-        ...
-
-    def damage(self, low: int, high: int) -> None:
-        """Addresses [low, high) may look different now."""
-        ...
-
-    def detached(self, region: MemoryRegion) -> None:
-        """``region`` left the tree, but a rollback would bring it back."""
         ...
 
 
@@ -117,9 +77,7 @@ class _Container:
         self, region: None, owner: type[MemoryRegion]
     ) -> Callable[[str, int], MemoryRegion]: ...
     @overload
-    def __get__(
-        self, region: MemoryRegion, owner: type[MemoryRegion]
-    ) -> MemoryRegion | None: ...
+    def __get__(self, region: MemoryRegion, owner: type[MemoryRegion]) -> MemoryRegion | None: ...
     def __get__(
         self, region: MemoryRegion | None, owner: type[MemoryRegion]
     ) -> Callable[[str, int], MemoryRegion] | MemoryRegion | None:
@@ -453,9 +411,7 @@ class MemoryRegion:
             TransactionError: The tree is live and no transaction is open.
         """
         if isinstance(priority, bool) or not isinstance(priority, int):
-            raise RegionTypeError(
-                f"priority of {region!r} in {self!r} is an int, not {priority!r}"
-            )
+            raise RegionTypeError(f"priority of {region!r} in {self!r} is an int, not {priority!r}")
         self._add(addr, region, priority, may_overlap=True)
 
     def _add(self, addr: int, region: MemoryRegion, priority: int, *, may_overlap: bool) -> None:
@@ -471,7 +427,7 @@ class MemoryRegion:
                 f"{region!r} is already a subregion of {region._container!r}: "
                 f"del_subregion it there before adding it to {self!r}"
             )
-        if region is self or region in _above(self):
+        if region is self or region in above_of(self):
             raise RegionError(
                 f"adding {region!r} to {self!r} would make a cycle: "
                 f"the one already contains the other, or shows it through an alias"
@@ -490,7 +446,7 @@ class MemoryRegion:
             region._addr, region._priority = old_addr, old_priority
             region._may_overlap = old_overlap
 
-        region._change("add_subregion", apply, undo, above=self)
+        change(region, "add_subregion", apply, undo, above=self)
 
     def _check_overlap(self, addr: int, region: MemoryRegion) -> None:
         if self._children is None:
@@ -522,7 +478,7 @@ class MemoryRegion:
         def undo() -> None:
             self._place(region, rank)
 
-        owners = region._change("del_subregion", lambda: self._unplace(region), undo)
+        owners = change(region, "del_subregion", lambda: self._unplace(region), undo)
         for owner in owners:
             owner.detached(region)
 
@@ -534,7 +490,7 @@ class MemoryRegion:
             self._enabled = value
 
         old = self._enabled
-        self._change("set_enabled", apply, lambda: apply(old))
+        change(self, "set_enabled", apply, lambda: apply(old))
 
     def set_address(self, addr: int) -> None:
         """Move the region within its container (``memory_region_set_address``).
@@ -552,7 +508,7 @@ class MemoryRegion:
             if container is not None:
                 container._place(self, rank)
 
-        self._change("set_address", lambda: move(addr, None), lambda: move(old, rank))
+        change(self, "set_address", lambda: move(addr, None), lambda: move(old, rank))
 
     def set_size(self, size: int) -> None:
         """Resize the region (``memory_region_set_size``).
@@ -575,7 +531,7 @@ class MemoryRegion:
                 siblings.file(self)
 
         old = self._size
-        self._change("set_size", lambda: resize(size), lambda: resize(old))
+        change(self, "set_size", lambda: resize(size), lambda: resize(old))
 
     def set_alias_offset(self, offset: int) -> None:
         """Move an alias's window over its target (``memory_region_set_alias_offset``).
@@ -591,7 +547,7 @@ class MemoryRegion:
             self._alias_offset = value
 
         old = self._alias_offset
-        self._change("set_alias_offset", apply, lambda: apply(old))
+        change(self, "set_alias_offset", apply, lambda: apply(old))
 
     def set_readonly(self, readonly: bool) -> None:
         """Make memory read-only to the guest (``memory_region_set_readonly``)."""
@@ -623,7 +579,7 @@ class MemoryRegion:
         def apply(flags: int) -> None:
             self._flags = flags
 
-        self._change(f"set_{what}", lambda: apply(new), lambda: apply(old))
+        change(self, f"set_{what}", lambda: apply(new), lambda: apply(old))
 
     # ---- the machinery of a change -------------------------------------------
 
@@ -641,67 +597,6 @@ class MemoryRegion:
         self._children.remove(child)
         child._container = None
 
-    def _change(
-        self,
-        what: str,
-        apply: Callable[[], None],
-        undo: Callable[[], None],
-        *,
-        above: MemoryRegion | None = None,
-    ) -> list[TreeOwner]:
-        """Steps 2 to 5 of a mutator. ``above`` is the container about to be joined."""
-        reached = self._reach()
-        if above is not None:
-            reached += [(owner, 0, 0) for owner, _, _ in above._reach()]
-        if not reached:
-            apply()
-            return []
-        owners = list(dict.fromkeys(owner for owner, _, _ in reached))
-        if len({id(owner.journal) for owner in owners}) > 1:
-            raise RegionError(
-                f"{self!r} is reachable from two memory systems: they cannot change it "
-                f"in one transaction"
-            )
-        for owner in owners:
-            owner.check_change(self, what)
-        apply()
-        owners[0].record(undo)
-        for owner, low, high in reached:
-            if low < high:
-                owner.damage(low, high)
-        for owner, low, high in self._reach():
-            if low < high:
-                owner.damage(low, high)
-        return owners
-
-    def _reach(self) -> list[tuple[TreeOwner, int, int]]:
-        """Where this region can show: (owner, low, high) in the owner's addresses.
-
-        Walks up through containers and through aliases of them, clipping on the
-        way. An owner from which nothing of it can be seen comes with an empty
-        window: the region is live there all the same.
-        """
-        found: list[tuple[TreeOwner, int, int]] = []
-        todo: list[tuple[MemoryRegion, int, int]] = [(self, 0, self._size)]
-        while todo:
-            region, low, high = todo.pop()
-            if low < 0:
-                low = 0
-            if high > region._size:
-                high = region._size
-            if low >= high or not region._enabled:
-                low = high = 0
-            if region._aliases:
-                for alias in region._aliases:
-                    offset = alias._alias_offset
-                    todo.append((alias, low - offset, high - offset))
-            addr = region._addr
-            for owner in region._owners:
-                found.append((owner, low + addr, high + addr))
-            if region._container is not None:
-                todo.append((region._container, low + addr, high + addr))
-        return found
-
     def _attach_owner(self, owner: TreeOwner) -> None:
         self._owners += (owner,)
 
@@ -710,22 +605,6 @@ class MemoryRegion:
 
 
 _BACKED = (RegionKind.RAM, RegionKind.ROM, RegionKind.ROM_DEVICE)
-
-
-def _above(region: MemoryRegion) -> set[MemoryRegion]:
-    """All regions that contain or show ``region``, at any distance."""
-    seen: set[MemoryRegion] = set()
-    todo = [region]
-    while todo:
-        each = todo.pop()
-        if each._container is not None and each._container not in seen:
-            seen.add(each._container)
-            todo.append(each._container)
-        for alias in each._aliases or ():
-            if alias not in seen:
-                seen.add(alias)
-                todo.append(alias)
-    return seen
 
 
 def _check_region(region: object, what: str) -> None:

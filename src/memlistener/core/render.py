@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from memlistener.core.region import INHERITED, MemoryRegion, RegionKind
+from memlistener.core.kinds import INHERITED, RegionKind
+from memlistener.core.region import MemoryRegion
 
 if TYPE_CHECKING:
     Via: TypeAlias = tuple[object, ...] | None

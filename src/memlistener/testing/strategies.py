@@ -11,7 +11,8 @@ from collections.abc import Callable
 import attrs
 from hypothesis import strategies as st
 
-from memlistener.core.region import MemoryRegion, RegionKind
+from memlistener.core.kinds import RegionKind
+from memlistener.core.region import MemoryRegion
 
 _BOUNDARIES = (0, 1, 0x10, 0x1000, 0x2000, 0x3000, 0x8000, 1 << 32, 1 << 63)
 _SIZES = (1, 2, 0x10, 0x1000, 0x1800, 0x4000, 0x10000, 1 << 32, 1 << 63, 1 << 64)
@@ -77,9 +78,7 @@ class TreePlan:
         return made
 
 
-def _make(
-    number: int, plan: RegionPlan, made: list[MemoryRegion], ops: object
-) -> MemoryRegion:
+def _make(number: int, plan: RegionPlan, made: list[MemoryRegion], ops: object) -> MemoryRegion:
     name = f"{plan.kind.value}{number}"
     if plan.kind is RegionKind.ALIAS:
         return MemoryRegion.alias(name, made[plan.target], offset=plan.offset, size=plan.size)

@@ -1,0 +1,433 @@
+"""The gate: hold all vCPUs outside the guest while something changes.
+
+A `Gate` knows nothing of KVM. It knows vCPU threads, each of which is at any
+moment in one of three places:
+
+- *inside*: between `Gate.enter` and `Gate.leave`, executing guest code;
+- *at the gate*: blocked in `Gate.enter` because the gate is held;
+- *elsewhere*: in a device handler, waiting for one, or idle. That counts as
+  stopped (rule B6), since it cannot touch guest memory before it comes to the
+  gate. So a device handler may itself hold the gate.
+
+A bracket is `Gate.hold` ... `Gate.release`:
+
+1. B14: wait until each vCPU that the last bracket stopped has been inside again.
+   Without this, transactions in a tight loop would starve the guest: a hold that
+   follows a release at once finds the threads still on their way to the gate.
+2. B1: count the hold. From here on nobody gets in.
+3. B3: kick all that are inside, then wait for all. The wait is for the slowest,
+   not for the sum.
+4. B2, B8: whoever does not come out is kicked again, and after a deadline named
+   in a warning, again and again. The bracket neither gives up nor goes on.
+
+How the waiting is done. A vCPU comes out within microseconds, while going
+through trio's event loop and back costs some fifty. So the trio thread blocks
+on a lock for a moment (`_BLOCK`; the GIL is released, and no vCPU needs the trio
+thread in order to come out, B7), and only then gives way to other tasks.
+
+The thread side is plain threading under one mutex that is never held while
+anybody waits. Kicking happens outside it: a kick may come late, when its vCPU
+has left already. That is harmless, because `enter` clears a stale kick, and
+cannot hit the next run, because nobody enters before the hold is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+
+import attrs
+import trio
+
+from memlistener.histogram import Histogram
+
+_log = logging.getLogger("memlistener.bracket")
+
+# How long the trio thread may block before it waits in trio's way. A vCPU in
+# guest code is out in 5 to 50 us; one that is not after this is in trouble, or
+# its thread has to wait for a CPU.
+_BLOCK = 0.0005
+# How often a vCPU that does not come out is kicked again.
+_KICK_AGAIN = 0.01
+# When it is named in a warning for the first time; doubled each time.
+DEADLINE = 1.0
+# How long a vCPU that was let in stays in at least (rule B14): so short that
+# only transactions in a tight loop notice, long enough for the guest to move.
+_MIN_RUN = 30_000
+
+
+class Pass:
+    """What one vCPU shows at the gate: its state, and how to get it out.
+
+    Attributes:
+        name: For people.
+        inside: Whether it may be executing guest code.
+        kicks: How often it was kicked.
+    """
+
+    __slots__ = (
+        "_clear_kick",
+        "_describe",
+        "_kick",
+        "_owed",
+        "_parked",
+        "_parking",
+        "_stopping",
+        "entered_at",
+        "inside",
+        "kicks",
+        "name",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        kick: Callable[[], None],
+        clear_kick: Callable[[], None],
+        describe: Callable[[], str] = lambda: "in guest code",
+    ) -> None:
+        """Use `Gate.add`."""
+        self.name = name
+        self.inside = False
+        self.kicks = 0
+        self.entered_at = 0
+        self._kick = kick
+        self._clear_kick = clear_kick
+        self._describe = describe
+        self._stopping = False
+        self._owed = False
+        self._parked = False
+        self._parking = threading.Lock()
+        self._parking.acquire()
+
+    def kick(self) -> None:
+        """Ask it to come out. Never blocks, cannot be lost, may come late."""
+        self.kicks += 1
+        self._kick()
+
+    def describe(self) -> str:
+        """The name, and what it is doing as far as is known."""
+        return f"{self.name} ({self._describe()})"
+
+
+class _Waiter:
+    """One task that waits until something is so, first blocked, then in trio."""
+
+    __slots__ = ("done", "event", "lock", "token")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.event: trio.Event | None = None
+        self.token: trio.lowlevel.TrioToken | None = None
+        self.lock = threading.Lock()
+        self.lock.acquire()
+
+    def wake(self) -> None:
+        """Called once, with the gate's mutex held, from any thread."""
+        self.done = True
+        self.lock.release()
+        if self.event is not None and self.token is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                self.token.run_sync_soon(self.event.set)
+
+
+@attrs.frozen
+class GateStatistics:
+    """What the gate has done so far. Times are in seconds.
+
+    Attributes:
+        holds: How often the gate was closed.
+        kicks: How often a vCPU was kicked.
+        late: How often a vCPU was named in a warning for not coming out.
+        wait_median: From the first kick until all were out: half took no longer.
+        wait_p99: 99 % took no longer.
+        wait_max: The longest.
+        vcpus: How many vCPUs there are.
+        vcpus_inside: How many are inside now.
+    """
+
+    holds: int
+    kicks: int
+    late: int
+    wait_median: float
+    wait_p99: float
+    wait_max: float
+    vcpus: int
+    vcpus_inside: int
+
+
+class Gate:
+    """Keeps a set of vCPUs out of guest code while it is held.
+
+    Args:
+        deadline: Seconds after which a vCPU that does not come out is named in
+            a warning on the logger ``memlistener.bracket``.
+    """
+
+    def __init__(self, *, deadline: float = DEADLINE) -> None:
+        self._mutex = threading.Lock()
+        self._deadline = deadline
+        self._holds = 0
+        self._passes: dict[Pass, None] = {}
+        self._inside = 0
+        self._parked: list[Pass] = []
+        self._owed = 0
+        self._waiters_out: list[_Waiter] = []
+        self._waiters_owed: list[_Waiter] = []
+        self._waits = Histogram()
+        self._hold_count = 0
+        self._kick_count = 0
+        self._late_count = 0
+
+    @property
+    def held(self) -> bool:
+        """Whether vCPUs are kept out."""
+        return self._holds > 0
+
+    def statistics(self) -> GateStatistics:
+        """What the gate has done so far."""
+        with self._mutex:
+            kicks = self._kick_count + sum(each.kicks for each in self._passes)
+            return GateStatistics(
+                holds=self._hold_count,
+                kicks=kicks,
+                late=self._late_count,
+                wait_median=self._waits.quantile(0.5) / 1e9,
+                wait_p99=self._waits.quantile(0.99) / 1e9,
+                wait_max=self._waits.maximum / 1e9,
+                vcpus=len(self._passes),
+                vcpus_inside=self._inside,
+            )
+
+    # ---- vCPUs come and go (B10) ----------------------------------------------
+
+    def add(
+        self,
+        name: str,
+        kick: Callable[[], None],
+        clear_kick: Callable[[], None],
+        describe: Callable[[], str] = lambda: "in guest code",
+    ) -> Pass:
+        """A new vCPU. While the gate is held it will wait at it.
+
+        Args:
+            name: For people.
+            kick: Makes a thread that is inside leave, soon. Called from any
+                thread, at any time; must not block.
+            clear_kick: Forgets a kick that came too late. Called on the vCPU's
+                thread, just before it goes inside.
+            describe: Says what the vCPU is doing, for the warning of rule B8.
+        """
+        each = Pass(name, kick, clear_kick, describe)
+        with self._mutex:
+            self._passes[each] = None
+        return each
+
+    def remove(self, each: Pass) -> None:
+        """The vCPU is gone; it must be outside."""
+        with self._mutex:
+            assert not each.inside, f"{each.name} is removed while it is inside"
+            if self._passes.pop(each, 0) is None:
+                self._kick_count += each.kicks
+            self._forgive(each)
+
+    # ---- the vCPU's thread --------------------------------------------------------
+
+    def enter(self, each: Pass) -> bool:
+        """Go inside, after waiting while the gate is held.
+
+        Returns:
+            False where the vCPU was told to `stop` instead.
+        """
+        while True:
+            with self._mutex:
+                if each._stopping:
+                    self._forgive(each)
+                    return False
+                if not self._holds:
+                    each._clear_kick()
+                    each.inside = True
+                    self._inside += 1
+                    each.entered_at = time.perf_counter_ns()
+                    self._forgive(each)
+                    return True
+                each._parked = True
+                self._parked.append(each)
+            each._parking.acquire()
+
+    def leave(self, each: Pass, *, returning: bool = False) -> None:
+        """Out of guest code.
+
+        Args:
+            each: The vCPU's pass.
+            returning: Whether it comes straight back to the gate, having been
+                kicked out for no reason of its own: then the next bracket has
+                to let it in first (rule B14).
+        """
+        with self._mutex:
+            each.inside = False
+            self._inside -= 1
+            if returning and not each._stopping and not each._owed:
+                each._owed = True
+                self._owed += 1
+            if not self._inside and self._waiters_out:
+                for waiter in self._waiters_out:
+                    waiter.wake()
+                self._waiters_out.clear()
+
+    def _forgive(self, each: Pass) -> None:
+        """``each`` has been let in, or does not want to be. With the mutex held."""
+        if each._owed:
+            each._owed = False
+            self._owed -= 1
+            if not self._owed and self._waiters_owed:
+                for waiter in self._waiters_owed:
+                    waiter.wake()
+                self._waiters_owed.clear()
+
+    # ---- stopping one vCPU ------------------------------------------------------------
+
+    def stop(self, each: Pass) -> None:
+        """Make `enter` return False, and get the vCPU out if it is inside.
+
+        To be followed by `kick_again` until its thread says that it has stopped.
+        """
+        with self._mutex:
+            each._stopping = True
+            self._forgive(each)
+            if each._parked:
+                each._parked = False
+                self._parked.remove(each)
+                each._parking.release()
+            inside = each.inside
+        if inside:
+            each.kick()
+
+    def allow(self, each: Pass) -> None:
+        """Take back `stop`."""
+        with self._mutex:
+            each._stopping = False
+
+    async def kick_again(self, who: Callable[[], Iterable[Pass]], event: trio.Event) -> None:
+        """Wait for ``event``, kicking ``who()`` is still inside until it comes (B2, B8)."""
+        began = time.monotonic()
+        patience = self._deadline
+        while not event.is_set():
+            with trio.move_on_after(_KICK_AGAIN):
+                await event.wait()
+                return
+            inside = [each for each in who() if each.inside]
+            for each in inside:
+                each.kick()
+            waited = time.monotonic() - began
+            if inside and waited >= patience:
+                patience *= 2
+                self._late_count += len(inside)
+                _log.warning(
+                    "after %.1f s still waiting for %s to leave the guest; kicking on",
+                    waited,
+                    ", ".join(each.describe() for each in inside),
+                )
+
+    # ---- the bracket ------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def holding(self) -> AsyncIterator[None]:
+        """`hold` and `release` as a context manager."""
+        await self.hold()
+        try:
+            yield
+        finally:
+            self.release()
+
+    async def hold(self) -> None:
+        """Close the gate and wait until every vCPU is outside.
+
+        Holds are counted (rule B4): each needs its own `release`. Where the
+        caller is cancelled while waiting, its hold is taken back.
+        """
+        if self._owed:
+            await self._let_run()
+        with self._mutex:
+            self._holds += 1
+            self._hold_count += self._holds == 1
+            inside = [each for each in self._passes if each.inside] if self._inside else []
+        if not inside:
+            self._waits.add(0)
+            return
+        began = time.perf_counter_ns()
+        try:
+            for each in inside:
+                each.kick()
+            waiter = _Waiter()
+            with self._mutex:
+                if self._inside:
+                    self._waiters_out.append(waiter)
+                else:
+                    waiter.done = True
+            if not waiter.done and not waiter.lock.acquire(timeout=_BLOCK):
+                await self._wait_in_trio(waiter, self._waiters_out, self._everybody)
+        except BaseException:
+            self.release()
+            raise
+        self._waits.add(time.perf_counter_ns() - began)
+
+    def hold_nowait(self) -> None:
+        """Close the gate, without waiting for those inside and without kicking them."""
+        with self._mutex:
+            self._holds += 1
+
+    def release(self) -> None:
+        """Take back one hold; the last one lets the vCPUs back in."""
+        with self._mutex:
+            assert self._holds, "release() without hold()"
+            self._holds -= 1
+            if self._holds:
+                return
+            parked = self._parked
+            self._parked = []
+            for each in parked:
+                each._parked = False
+                if not each._owed:
+                    each._owed = True
+                    self._owed += 1
+            for each in parked:
+                each._parking.release()
+
+    def _everybody(self) -> list[Pass]:
+        with self._mutex:
+            return list(self._passes)
+
+    async def _let_run(self) -> None:
+        """Rule B14: whom the last bracket stopped goes in before the next one."""
+        waiter = _Waiter()
+        with self._mutex:
+            if self._holds:  # inside another hold nobody can go in
+                return
+            if not self._owed:
+                return
+            self._waiters_owed.append(waiter)
+        if not waiter.lock.acquire(timeout=_BLOCK):
+            await self._wait_in_trio(waiter, self._waiters_owed, list)
+        with self._mutex:
+            last = max((each.entered_at for each in self._passes if each.inside), default=0)
+        while time.perf_counter_ns() - last < _MIN_RUN:
+            time.sleep(0)  # gives the GIL away: the threads that went in need it once more
+
+    async def _wait_in_trio(
+        self, waiter: _Waiter, queue: list[_Waiter], who: Callable[[], Iterable[Pass]]
+    ) -> None:
+        event = trio.Event()
+        with self._mutex:
+            if waiter.done:
+                return
+            waiter.event = event
+            waiter.token = trio.lowlevel.current_trio_token()
+        try:
+            await self.kick_again(who, event)
+        finally:
+            with self._mutex, contextlib.suppress(ValueError):
+                queue.remove(waiter)

@@ -1,0 +1,120 @@
+"""The machinery of a change to the tree: who has to allow it, and who has to know.
+
+`reach` walks upwards from a region to every address space that can show it, and
+`change` wraps one mutation into the steps that all of them share: ask, apply,
+journal the way back, report the damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from memlistener.errors import RegionError
+
+if TYPE_CHECKING:
+    from memlistener.core.region import MemoryRegion
+
+
+class TreeOwner(Protocol):
+    """Who owns the tree below a root region: in practice an `AddressSpace`."""
+
+    def check_change(self, region: MemoryRegion, what: str) -> None:
+        """Raise `TransactionError` when ``region`` may not be changed now."""
+        ...
+
+    def record(self, undo: Callable[[], None]) -> None:
+        """Keep the way back from a change that was just made."""
+        ...
+
+    @property
+    def journal(self) -> object:
+        """Owners with the same journal need to be told of an undo only once."""
+        ...
+
+    def damage(self, low: int, high: int) -> None:
+        """Addresses [low, high) may look different now."""
+        ...
+
+    def detached(self, region: MemoryRegion) -> None:
+        """``region`` left the tree, but a rollback would bring it back."""
+        ...
+
+
+def change(
+    region: MemoryRegion,
+    what: str,
+    apply: Callable[[], None],
+    undo: Callable[[], None],
+    *,
+    above: MemoryRegion | None = None,
+) -> list[TreeOwner]:
+    """Steps 2 to 5 of a mutator. ``above`` is the container about to be joined."""
+    reached = reach(region)
+    if above is not None:
+        reached += [(owner, 0, 0) for owner, _, _ in reach(above)]
+    if not reached:
+        apply()
+        return []
+    owners = list(dict.fromkeys(owner for owner, _, _ in reached))
+    if len({id(owner.journal) for owner in owners}) > 1:
+        raise RegionError(
+            f"{region!r} is reachable from two memory systems: they cannot change it "
+            f"in one transaction"
+        )
+    for owner in owners:
+        owner.check_change(region, what)
+    apply()
+    owners[0].record(undo)
+    for owner, low, high in reached:
+        if low < high:
+            owner.damage(low, high)
+    for owner, low, high in reach(region):
+        if low < high:
+            owner.damage(low, high)
+    return owners
+
+
+def reach(region: MemoryRegion) -> list[tuple[TreeOwner, int, int]]:
+    """Where this region can show: (owner, low, high) in the owner's addresses.
+
+    Walks up through containers and through aliases of them, clipping on the
+    way. An owner from which nothing of it can be seen comes with an empty
+    window: the region is live there all the same.
+    """
+    found: list[tuple[TreeOwner, int, int]] = []
+    todo: list[tuple[MemoryRegion, int, int]] = [(region, 0, region._size)]
+    while todo:
+        each, low, high = todo.pop()
+        if low < 0:
+            low = 0
+        if high > each._size:
+            high = each._size
+        if low >= high or not each._enabled:
+            low = high = 0
+        if each._aliases:
+            for alias in each._aliases:
+                offset = alias._alias_offset
+                todo.append((alias, low - offset, high - offset))
+        addr = each._addr
+        for owner in each._owners:
+            found.append((owner, low + addr, high + addr))
+        if each._container is not None:
+            todo.append((each._container, low + addr, high + addr))
+    return found
+
+
+def above_of(region: MemoryRegion) -> set[MemoryRegion]:
+    """All regions that contain or show ``region``, at any distance."""
+    seen: set[MemoryRegion] = set()
+    todo = [region]
+    while todo:
+        each = todo.pop()
+        if each._container is not None and each._container not in seen:
+            seen.add(each._container)
+            todo.append(each._container)
+        for alias in each._aliases or ():
+            if alias not in seen:
+                seen.add(alias)
+                todo.append(alias)
+    return seen

@@ -1,0 +1,265 @@
+/*
+ * The C side of memlistener.kvm: typed ioctls, KVM_RUN, and the kick.
+ *
+ * Only what cannot be done in Python, or not in time, is here. cffi releases
+ * the GIL around every call. Nothing here allocates or keeps a pointer beyond
+ * the call that passed it.
+ */
+
+#include <errno.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <linux/kvm.h>
+
+/* Newer than the oldest headers we build against; the numbers are ABI. */
+#ifndef KVM_CAP_COALESCED_PIO
+#define KVM_CAP_COALESCED_PIO 162
+#endif
+#ifndef KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+#define KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 168
+#endif
+#ifndef KVM_CAP_DIRTY_LOG_RING
+#define KVM_CAP_DIRTY_LOG_RING 192
+#endif
+#ifndef KVM_CAP_DIRTY_LOG_RING_ACQ_REL
+#define KVM_CAP_DIRTY_LOG_RING_ACQ_REL 223
+#endif
+#ifndef KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+#define KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES (1ULL << 0)
+#endif
+
+/* Proposed in "KVM: stop all vcpus before modifying memslots", never merged. */
+#ifndef KVM_KICK_ALL_RUNNING_VCPUS
+#define KVM_KICK_ALL_RUNNING_VCPUS _IO(KVMIO, 0xd2)
+#endif
+#ifndef KVM_RESUME_ALL_KICKED_VCPUS
+#define KVM_RESUME_ALL_KICKED_VCPUS _IO(KVMIO, 0xd3)
+#endif
+
+/* fds.py unpacks these exits from the mapped bytes, so their layout is checked here. */
+#define AT(exit, member, offset)                                                     \
+    _Static_assert(offsetof(struct kvm_run, exit.member) ==                          \
+                       offsetof(struct kvm_run, exit) + (offset),                    \
+                   #exit "." #member " is elsewhere")
+AT(io, direction, 0);
+AT(io, size, 1);
+AT(io, port, 2);
+AT(io, count, 4);
+AT(io, data_offset, 8);
+AT(mmio, phys_addr, 0);
+AT(mmio, data, 8);
+AT(mmio, len, 16);
+AT(mmio, is_write, 20);
+AT(internal, suberror, 0);
+AT(internal, ndata, 4);
+AT(internal, data, 8);
+
+/* Typed ioctls ------------------------------------------------------------ */
+
+static int result(int r)
+{
+    return r < 0 ? -errno : r;
+}
+
+static int ml_get_api_version(int kvm)
+{
+    return result(ioctl(kvm, KVM_GET_API_VERSION, 0));
+}
+
+static int ml_get_vcpu_mmap_size(int kvm)
+{
+    return result(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0));
+}
+
+static int ml_check_extension(int fd, int cap)
+{
+    return result(ioctl(fd, KVM_CHECK_EXTENSION, (long)cap));
+}
+
+static int ml_create_vm(int kvm)
+{
+    return result(ioctl(kvm, KVM_CREATE_VM, 0));
+}
+
+static int ml_create_vcpu(int vm, unsigned int id)
+{
+    return result(ioctl(vm, KVM_CREATE_VCPU, (unsigned long)id));
+}
+
+static int ml_set_user_memory_region(int vm, uint32_t slot, uint32_t flags,
+                                     uint64_t guest_phys_addr, uint64_t memory_size,
+                                     uint64_t userspace_addr)
+{
+    struct kvm_userspace_memory_region region = {
+        .slot = slot,
+        .flags = flags,
+        .guest_phys_addr = guest_phys_addr,
+        .memory_size = memory_size,
+        .userspace_addr = userspace_addr,
+    };
+    return result(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region));
+}
+
+static int ml_get_dirty_log(int vm, uint32_t slot, void *bitmap)
+{
+    struct kvm_dirty_log log = {.slot = slot, .dirty_bitmap = bitmap};
+    return result(ioctl(vm, KVM_GET_DIRTY_LOG, &log));
+}
+
+static int ml_kick_all_running_vcpus(int vm)
+{
+    return result(ioctl(vm, KVM_KICK_ALL_RUNNING_VCPUS, 0));
+}
+
+static int ml_resume_all_kicked_vcpus(int vm)
+{
+    return result(ioctl(vm, KVM_RESUME_ALL_KICKED_VCPUS, 0));
+}
+
+/* Running and kicking ------------------------------------------------------ */
+
+static int kick_signal;
+
+static void kicked(int signo)
+{
+    /* That it was delivered is all: it makes KVM_RUN return EINTR. */
+    (void)signo;
+}
+
+/*
+ * The first few real-time signals are the ones that other libraries use, so
+ * start a little further on, and take none that already means something. The
+ * caller holds a lock, and calls this once in a process.
+ */
+static int ml_install_kick_handler(void)
+{
+    struct sigaction action = {.sa_handler = kicked}; /* no SA_RESTART */
+    sigemptyset(&action.sa_mask);
+
+    for (int signo = SIGRTMIN + 6; signo <= SIGRTMAX; signo++) {
+        struct sigaction old;
+        if (sigaction(signo, NULL, &old) < 0)
+            return -errno;
+        if ((old.sa_flags & SA_SIGINFO) || old.sa_handler != SIG_DFL)
+            continue;
+        if (sigaction(signo, &action, NULL) < 0)
+            return -errno;
+        kick_signal = signo;
+        return signo;
+    }
+    return -EBUSY;
+}
+
+/*
+ * *tid is the thread inside KVM_RUN, or 0. Here it is stored before the kernel
+ * reads immediate_exit; in ml_kick, immediate_exit is stored before *tid is
+ * read. With both sequentially consistent, at least one side sees the other:
+ * either the kernel finds immediate_exit set, or the thread gets the signal.
+ */
+static int ml_run(int vcpu, int *tid)
+{
+    static __thread int unblocked;
+    int nobody = 0;
+    int err = 0;
+
+    if (!unblocked) {
+        /* A thread inherits its mask, and a blocked signal would not get us out. */
+        sigset_t set;
+        sigemptyset(&set);
+        sigaddset(&set, kick_signal);
+        pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+        unblocked = 1;
+    }
+    if (!__atomic_compare_exchange_n(tid, &nobody, (int)syscall(SYS_gettid), 0, __ATOMIC_SEQ_CST,
+                                     __ATOMIC_SEQ_CST))
+        return EBUSY; /* a second thread: it could not be kicked */
+    if (ioctl(vcpu, KVM_RUN, 0) < 0)
+        err = errno;
+    __atomic_store_n(tid, 0, __ATOMIC_SEQ_CST);
+    return err;
+}
+
+/*
+ * ESRCH (the thread left and ended since *tid was read) is no failure. EAGAIN
+ * is: the queue of pending signals was full, and the kick must be repeated.
+ */
+static int ml_kick(struct kvm_run *run, int *tid)
+{
+    int thread;
+
+    __atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+    thread = __atomic_load_n(tid, __ATOMIC_SEQ_CST);
+    if (thread && syscall(SYS_tgkill, getpid(), thread, kick_signal) < 0 && errno != ESRCH)
+        return errno;
+    return 0;
+}
+
+/* Exits whose structs have grown over the years ------------------------------ */
+
+static uint64_t ml_fail_entry_reason(const struct kvm_run *run)
+{
+    return run->fail_entry.hardware_entry_failure_reason;
+}
+
+static uint32_t ml_fail_entry_cpu(const struct kvm_run *run)
+{
+#ifdef KVM_CAP_LAST_CPU /* came with the member */
+    return run->fail_entry.cpu;
+#else
+    (void)run;
+    return 0;
+#endif
+}
+
+static uint32_t ml_system_event_type(const struct kvm_run *run)
+{
+    return run->system_event.type;
+}
+
+static int ml_system_event_data(const struct kvm_run *run, uint64_t data[16])
+{
+#ifdef KVM_CAP_SYSTEM_EVENT_DATA
+    uint32_t n = run->system_event.ndata;
+    if (n > 16)
+        n = 16;
+    memcpy(data, run->system_event.data, n * sizeof data[0]);
+    return (int)n;
+#else
+    data[0] = run->system_event.flags;
+    return 1;
+#endif
+}
+
+/* x86-64 only --------------------------------------------------------------- */
+
+#if defined(__x86_64__)
+static int ml_set_tss_addr(int vm, unsigned long addr)
+{
+    return result(ioctl(vm, KVM_SET_TSS_ADDR, addr));
+}
+
+static int ml_get_regs(int vcpu, struct kvm_regs *regs)
+{
+    return result(ioctl(vcpu, KVM_GET_REGS, regs));
+}
+
+static int ml_set_regs(int vcpu, const struct kvm_regs *regs)
+{
+    return result(ioctl(vcpu, KVM_SET_REGS, regs));
+}
+
+static int ml_get_sregs(int vcpu, struct kvm_sregs *sregs)
+{
+    return result(ioctl(vcpu, KVM_GET_SREGS, sregs));
+}
+
+static int ml_set_sregs(int vcpu, const struct kvm_sregs *sregs)
+{
+    return result(ioctl(vcpu, KVM_SET_SREGS, sregs));
+}
+#endif

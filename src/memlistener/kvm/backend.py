@@ -1,0 +1,172 @@
+"""The seam between the KVM backend and a kernel: three handles, as protocols.
+
+`memlistener.kvm.fds` implements them over real file descriptors and
+`memlistener.testing.FakeKvm` in plain Python. They mirror the kernel's own
+hierarchy (``/dev/kvm``, a VM, a vCPU) and its ioctls one to one; everything
+that decides something lives above them. A request that the kernel refuses
+raises ``OSError`` with the kernel's errno.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from memlistener.kvm.exits import VcpuExit
+
+# Values of kvm_run.exit_reason that the run loop tells apart.
+EXIT_IO = 2
+EXIT_MMIO = 6
+
+# Flags of struct kvm_userspace_memory_region.
+MEM_LOG_DIRTY_PAGES = 1
+MEM_READONLY = 2
+
+# Capabilities (KVM_CAP_*) that the backend asks about.
+CAP_USER_MEMORY = 3
+CAP_NR_MEMSLOTS = 10
+CAP_COALESCED_MMIO = 15
+CAP_IOEVENTFD = 36
+CAP_READONLY_MEM = 81
+CAP_MULTI_ADDRESS_SPACE = 118
+CAP_IMMEDIATE_EXIT = 136
+CAP_COALESCED_PIO = 162
+CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
+CAP_DIRTY_LOG_RING = 192
+CAP_DIRTY_LOG_RING_ACQ_REL = 223
+
+
+class VcpuHandle(Protocol):
+    """A vCPU's file descriptor and its mapped ``struct kvm_run``."""
+
+    def run(self) -> int:
+        """``KVM_RUN``: enter the guest, with the GIL released.
+
+        Returns:
+            0 when the guest exited (see `exit_reason`), else the errno: EINTR
+            when the vCPU was kicked.
+        """
+        ...
+
+    def clear_kick(self) -> None:
+        """Set ``immediate_exit`` to 0."""
+        ...
+
+    def kick(self) -> None:
+        """Set ``immediate_exit`` to 1, then signal the thread inside `run`.
+
+        Never blocks, may be called from any thread and at any time, and does
+        no harm where no thread is inside.
+        """
+        ...
+
+    @property
+    def exit_reason(self) -> int:
+        """``kvm_run.exit_reason`` of the last exit."""
+        ...
+
+    def mmio(self) -> tuple[int, int, bool, bytes]:
+        """The last MMIO exit: (physical address, length, is_write, data).
+
+        ``data`` is ``length`` bytes in guest order; meaningful for writes.
+        """
+        ...
+
+    def complete_mmio(self, data: bytes) -> None:
+        """Give the bytes that the last MMIO read returns to the guest."""
+        ...
+
+    def io(self) -> tuple[int, int, int, bool, bytes]:
+        """The last PIO exit: (port, size, count, is_out, data).
+
+        ``data`` is ``size * count`` bytes; meaningful for OUT.
+        """
+        ...
+
+    def complete_io(self, data: bytes) -> None:
+        """Give the ``size * count`` bytes that the last IN returns to the guest."""
+        ...
+
+    def terminal_exit(self) -> VcpuExit:
+        """The last exit, when it was neither MMIO nor PIO, as a value."""
+        ...
+
+    def get_regs(self) -> dict[str, int]:
+        """``KVM_GET_REGS``: every field of ``struct kvm_regs`` by name."""
+        ...
+
+    def set_regs(self, regs: dict[str, int]) -> None:
+        """``KVM_SET_REGS``: all fields must be given."""
+        ...
+
+    def get_sregs(self) -> dict[str, Any]:
+        """``KVM_GET_SREGS``: segments and tables as nested dicts."""
+        ...
+
+    def set_sregs(self, sregs: dict[str, Any]) -> None:
+        """``KVM_SET_SREGS``: all fields must be given."""
+        ...
+
+    def close(self) -> None:
+        """Unmap ``kvm_run`` and close the descriptor. Idempotent."""
+        ...
+
+
+class VmHandle(Protocol):
+    """A VM's file descriptor."""
+
+    def check_extension(self, cap: int) -> int:
+        """``KVM_CHECK_EXTENSION`` on the VM: 0 when the kernel lacks ``cap``."""
+        ...
+
+    def set_user_memory_region(
+        self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, userspace_addr: int
+    ) -> None:
+        """``KVM_SET_USER_MEMORY_REGION``; ``memory_size`` 0 deletes the slot.
+
+        ``slot`` carries the address-space id in its upper 16 bits.
+        """
+        ...
+
+    def create_vcpu(self, vcpu_id: int) -> VcpuHandle:
+        """``KVM_CREATE_VCPU``."""
+        ...
+
+    def get_dirty_log(self, slot: int, pages: int) -> bytes:
+        """``KVM_GET_DIRTY_LOG``: fetch and clear the bitmap of a slot.
+
+        Args:
+            slot: The slot, with the address-space id in its upper 16 bits.
+            pages: The slot's length in pages of 4 KiB.
+
+        Returns:
+            The bitmap, one bit a page, in 64-bit little-endian words.
+        """
+        ...
+
+    def kick_all_running_vcpus(self) -> None:
+        """``KVM_KICK_ALL_RUNNING_VCPUS``; mainline kernels answer ENOTTY."""
+        ...
+
+    def resume_all_kicked_vcpus(self) -> None:
+        """``KVM_RESUME_ALL_KICKED_VCPUS``; mainline kernels answer ENOTTY."""
+        ...
+
+    def close(self) -> None:
+        """Close the descriptor. Idempotent."""
+        ...
+
+
+class KvmBackend(Protocol):
+    """``/dev/kvm``, or what plays it."""
+
+    def check_extension(self, cap: int) -> int:
+        """``KVM_CHECK_EXTENSION``: 0 when the kernel lacks ``cap``."""
+        ...
+
+    def create_vm(self) -> VmHandle:
+        """``KVM_CREATE_VM``, with what the architecture needs before a vCPU runs."""
+        ...
+
+    def close(self) -> None:
+        """Close the descriptor. Idempotent."""
+        ...

@@ -1,0 +1,296 @@
+"""`Vcpu`: a KVM vCPU that a trio task runs, and what its exits turn into.
+
+MMIO and PIO exits are accesses: they are looked up in the view of the address
+space and served, on the vCPU's own thread where everything they meet allows it
+(memory, thread-safe ops, nothing at all), else by the task in ``run()``. All
+other exits end the run and are its result.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Any, cast
+
+import attrs
+
+from memlistener import dispatch
+from memlistener.errors import KvmError, RegionError
+from memlistener.kvm import backend as kernel
+from memlistener.kvm.exits import VcpuExit
+from memlistener.kvm.registers import Regs, Sregs
+from memlistener.kvm.slots import PAGE_SIZE
+from memlistener.vcpu import Serve, VcpuRunner
+
+if TYPE_CHECKING:
+    from memlistener.bracket import Gate
+    from memlistener.core.flatview import FlatView
+    from memlistener.memory import AddressSpace
+
+_KICKED = (errno.EINTR, errno.EAGAIN)
+
+
+class Exits:
+    """Counts what one vCPU's exits were. Written by one thread at a time."""
+
+    __slots__ = ("by_reason", "holes", "kicked", "on_thread")
+
+    def __init__(self) -> None:
+        self.by_reason: Counter[str] = Counter()
+        self.kicked = 0
+        self.on_thread = 0
+        self.holes = 0
+
+
+class KvmRun:
+    """What a `VcpuRunner` runs: KVM_RUN, and the dispatch of its exits.
+
+    Args:
+        handle: The vCPU's handle.
+        space: Where its MMIO exits go.
+        io: Where its PIO exits go; None for nothing there.
+        name: For errors.
+    """
+
+    def __init__(
+        self, handle: kernel.VcpuHandle, space: AddressSpace, io: AddressSpace | None, name: str
+    ) -> None:
+        self._handle = handle
+        self._space = space
+        self._io = io
+        self._name = name
+        self._seen: FlatView = space.view
+        self._errno = 0
+        self.exits = Exits()
+        self.kick = handle.kick
+        self.clear_kick = handle.clear_kick
+
+    def enter(self) -> bool:
+        """KVM_RUN. True where the vCPU was only kicked."""
+        error = self._handle.run()
+        # The view in force while the guest made the access: nobody publishes
+        # another one before this thread has passed the gate.
+        self._seen = self._space.view
+        if not error:
+            return False
+        if error in _KICKED:
+            self.exits.kicked += 1
+            return True
+        self._errno = error
+        return False
+
+    def describe(self) -> str:
+        """What the vCPU is doing, for a warning that it does not stop."""
+        return "in KVM_RUN"
+
+    def handle(self) -> object:
+        """Serve the exit here, or say who has to."""
+        if self._errno:
+            error, self._errno = self._errno, 0
+            raise KvmError(error, f"KVM_RUN of {self._name}: {os.strerror(error)}")
+        reason = self._handle.exit_reason
+        if reason == kernel.EXIT_MMIO:
+            return self._mmio()
+        if reason == kernel.EXIT_IO:
+            return self._pio()
+        result = self._handle.terminal_exit()
+        self.exits.by_reason[type(result).__name__] += 1
+        return result
+
+    def _mmio(self) -> Serve | None:
+        addr, size, is_write, data = self._handle.mmio()
+        self.exits.by_reason["Mmio"] += 1
+        if self._is_hole(addr, is_write):
+            self.exits.holes += 1
+        access = self._serve_mmio(addr, size, is_write, data)
+        return self._here_or_in_trio(
+            access,
+            dispatch.on_thread(self._space.view, addr, size, is_write),
+            lambda: self._serve_mmio(addr, size, is_write, data),
+        )
+
+    async def _serve_mmio(self, addr: int, size: int, is_write: bool, data: bytes) -> None:
+        if is_write:
+            await self._space.write(addr, data)
+        else:
+            self._handle.complete_mmio(await self._space.read(addr, size))
+
+    def _pio(self) -> Serve | None:
+        port, size, count, is_out, data = self._handle.io()
+        self.exits.by_reason["Io"] += 1
+        here = self._io is None or dispatch.on_thread(self._io.view, port, size, is_out)
+        return self._here_or_in_trio(
+            self._serve_pio(port, size, count, is_out, data),
+            here,
+            lambda: self._serve_pio(port, size, count, is_out, data),
+        )
+
+    async def _serve_pio(self, port: int, size: int, count: int, is_out: bool, data: bytes) -> None:
+        # A string instruction makes the same access ``count`` times.
+        if is_out:
+            for at in range(0, count * size, size):
+                if self._io is not None:
+                    await self._io.write(port, data[at : at + size])
+        elif self._io is None:
+            self._handle.complete_io(b"\xff" * (size * count))
+        else:
+            answers = [await self._io.read(port, size) for _ in range(count)]
+            self._handle.complete_io(b"".join(answers))
+
+    def _here_or_in_trio(self, access: Any, here: bool, again: Any) -> Serve | None:
+        if here:
+            self.exits.on_thread += 1
+            dispatch.run_on_thread(access)
+            return None
+        access.close()
+        return Serve(again)
+
+    def _is_hole(self, addr: int, is_write: bool) -> bool:
+        """Whether the kernel found no slot where the view had memory behind one."""
+        each = self._seen.lookup(addr)
+        if each is None:
+            return False
+        if is_write:
+            if not dispatch.writes_memory(each):
+                return False
+        elif not dispatch.reads_memory(each):
+            return False
+        page = addr // PAGE_SIZE * PAGE_SIZE
+        crooked = (each.region.block.host_address + each.offset - each.start) % PAGE_SIZE
+        return not crooked and each.start <= page and page + PAGE_SIZE <= each.end
+
+
+class Vcpu:
+    """A vCPU of a `Vm`. Make one with ``await vm.create_vcpu()``."""
+
+    def __init__(
+        self,
+        vcpu_id: int,
+        handle: kernel.VcpuHandle,
+        gate: Gate,
+        space: AddressSpace,
+        io: AddressSpace | None,
+    ) -> None:
+        """Use `Vm.create_vcpu`."""
+        self._id = vcpu_id
+        self._handle = handle
+        self._space = space
+        self._kvm_run = KvmRun(handle, space, io, f"vcpu {vcpu_id}")
+        self._runner = VcpuRunner(f"vcpu {vcpu_id}", self._kvm_run, gate)
+        self._regs = Regs(self)
+        self._sregs = Sregs(self)
+
+    @property
+    def id(self) -> int:
+        """The number that KVM_CREATE_VCPU was given: on x86 its APIC id."""
+        return self._id
+
+    @property
+    def running(self) -> bool:
+        """Whether a task is in `run`."""
+        return self._runner.running
+
+    @property
+    def exits(self) -> Exits:
+        """What its exits were so far."""
+        return self._kvm_run.exits
+
+    async def run(self) -> VcpuExit:
+        """Run the guest until it halts, shuts down or fails; says why it stopped.
+
+        Accesses to devices are dispatched to their ops meanwhile. Cancelling
+        kicks the vCPU out of the guest and waits until its thread is out; it
+        can be run again afterwards and goes on where it was.
+
+        Raises:
+            VcpuBusyError: It is run by another task already.
+            KvmError: KVM_RUN itself failed.
+            trio.ClosedResourceError: The VM is closed, or was meanwhile.
+            Exception: Whatever a device's ops raised. The access is served
+                again by the next `run`.
+        """
+        return cast(VcpuExit, await self._runner.run())
+
+    # ---- registers ------------------------------------------------------------------
+
+    @property
+    def regs(self) -> Regs:
+        """The general registers, live: ``vcpu.regs.rip = 0x1000`` (KVM_GET/SET_REGS).
+
+        Raises:
+            VcpuBusyError: On use while the vCPU runs.
+        """
+        return self._regs
+
+    @property
+    def sregs(self) -> Sregs:
+        """Segments, control registers and tables, live (KVM_GET/SET_SREGS)."""
+        return self._sregs
+
+    def get_regs(self) -> dict[str, int]:
+        """All general registers by name."""
+        self._runner.check_idle("KVM_GET_REGS")
+        return self._handle.get_regs()
+
+    def set_regs(self, regs: dict[str, int]) -> None:
+        """Set all general registers."""
+        self._runner.check_idle("KVM_SET_REGS")
+        self._handle.set_regs(regs)
+
+    def get_sregs(self) -> dict[str, Any]:
+        """All special registers by name, nested."""
+        self._runner.check_idle("KVM_GET_SREGS")
+        return self._handle.get_sregs()
+
+    def set_sregs(self, sregs: dict[str, Any]) -> None:
+        """Set all special registers."""
+        self._runner.check_idle("KVM_SET_SREGS")
+        self._handle.set_sregs(sregs)
+
+    def write_guest_memory(self, addr: int, data: bytes) -> None:
+        """Write RAM or ROM at a guest physical address: for setting a machine up.
+
+        Raises:
+            RegionError: Something else than memory is there.
+        """
+        done = 0
+        while done < len(data):
+            each = self._space.view.lookup(addr + done)
+            if each is None or not dispatch.reads_memory(each):
+                raise RegionError(
+                    f"{len(data):#x} bytes at {addr:#x} do not fit into memory: at "
+                    f"{addr + done:#x} there is {each!r}"
+                )
+            offset = each.offset + addr + done - each.start
+            part = data[done : done + each.end - addr - done]
+            each.region.block.view[offset : offset + len(part)] = part
+            done += len(part)
+
+    async def aclose(self) -> None:
+        """Stop the vCPU, end its thread and close its descriptor. Idempotent."""
+        await self._runner.aclose()
+        self._handle.close()
+
+    def __repr__(self) -> str:
+        return f"<Vcpu {self._id}{' running' if self.running else ''}>"
+
+
+@attrs.frozen
+class VcpuStatistics:
+    """What a vCPU's exits were.
+
+    Attributes:
+        id: Its number.
+        exits: How many by reason: ``Mmio``, ``Io``, ``Hlt``, ...
+        served_on_thread: Accesses that needed no other thread.
+        kicked: How often KVM_RUN returned only because of a kick.
+        holes: MMIO exits on memory that the view had and no slot covered. 0
+            under a bracket.
+    """
+
+    id: int
+    exits: dict[str, int]
+    served_on_thread: int
+    kicked: int
+    holes: int

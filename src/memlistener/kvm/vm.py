@@ -1,0 +1,232 @@
+"""`open_vm`: an address space as a virtual machine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import attrs
+import trio
+
+from memlistener.bracket import Gate, GateStatistics
+from memlistener.errors import KvmUnavailableError
+from memlistener.kvm import backend as kernel
+from memlistener.kvm.listener import KvmMemoryListener
+from memlistener.kvm.policy import KickPolicy
+from memlistener.kvm.slots import Memslot
+from memlistener.kvm.vcpu import Vcpu, VcpuStatistics
+from memlistener.memory import AddressSpace
+
+
+@attrs.frozen
+class VmStatistics:
+    """What a VM has done so far.
+
+    Attributes:
+        brackets: Transactions for which the vCPUs were held.
+        memslot_ioctls: KVM_SET_USER_MEMORY_REGION calls.
+        memslots: Slots in use.
+        gate: Kicks, and how long they took.
+        stopped_median: Seconds that vCPUs were kept out per bracket, half of all.
+        stopped_max: The longest.
+        holes: Accesses to memory that no slot covered, over all vCPUs.
+        unassigned: Accesses of anybody that met nothing (rule K5).
+        vcpus: Each vCPU that there is, by number.
+    """
+
+    brackets: int
+    memslot_ioctls: int
+    memslots: int
+    gate: GateStatistics
+    stopped_median: float
+    stopped_max: float
+    holes: int
+    unassigned: int
+    vcpus: tuple[VcpuStatistics, ...]
+
+
+class Vm:
+    """A virtual machine whose memory is an address space. Make one with `open_vm`."""
+
+    def __init__(
+        self,
+        handle: kernel.VmHandle,
+        space: AddressSpace,
+        io: AddressSpace | None,
+        gate: Gate,
+        listener: KvmMemoryListener,
+    ) -> None:
+        """Use `open_vm`."""
+        self._handle = handle
+        self._space = space
+        self._io = io
+        self._gate = gate
+        self._listener = listener
+        self._vcpus: list[Vcpu] = []
+        self._next_id = 0
+        self._closed = False
+
+    @property
+    def space(self) -> AddressSpace:
+        """The address space that is the guest's memory."""
+        return self._space
+
+    @property
+    def io(self) -> AddressSpace | None:
+        """The address space of the guest's I/O ports."""
+        return self._io
+
+    @property
+    def vcpus(self) -> tuple[Vcpu, ...]:
+        """The vCPUs in the order they were created."""
+        return tuple(self._vcpus)
+
+    @property
+    def memslots(self) -> tuple[Memslot, ...]:
+        """The memslots that the kernel has, by guest address."""
+        return self._listener.memslots
+
+    async def create_vcpu(self, vcpu_id: int | None = None) -> Vcpu:
+        """A new vCPU, and its thread (KVM_CREATE_VCPU).
+
+        May be called at any time; while the VM is paused the vCPU waits with
+        the others.
+
+        Args:
+            vcpu_id: Its number; None for the next one.
+
+        Raises:
+            KvmError: The number is taken, or there are too many.
+            trio.ClosedResourceError: The VM is closed.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._closed:
+            raise trio.ClosedResourceError("the VM is closed")
+        number = self._next_id if vcpu_id is None else vcpu_id
+        handle = self._handle.create_vcpu(number)
+        vcpu = Vcpu(number, handle, self._gate, self._space, self._io)
+        self._next_id = max(self._next_id, number + 1)
+        self._vcpus.append(vcpu)
+        return vcpu
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """``async with vm.paused():`` no vCPU executes guest code inside.
+
+        A hold on the gate that brackets use: nests with them and with itself.
+        """
+        async with self._gate.holding():
+            yield
+
+    def statistics(self) -> VmStatistics:
+        """What the VM has done so far."""
+        vcpus = tuple(
+            VcpuStatistics(
+                each.id,
+                dict(each.exits.by_reason),
+                each.exits.on_thread,
+                each.exits.kicked,
+                each.exits.holes,
+            )
+            for each in self._vcpus
+        )
+        listener = self._listener
+        return VmStatistics(
+            brackets=listener.brackets,
+            memslot_ioctls=listener.ioctls,
+            memslots=len(listener.memslots),
+            gate=self._gate.statistics(),
+            stopped_median=listener.stopped.quantile(0.5) / 1e9,
+            stopped_max=listener.stopped.maximum / 1e9,
+            holes=sum(each.holes for each in vcpus),
+            unassigned=self._space.unassigned_accesses
+            + (self._io.unassigned_accesses if self._io is not None else 0),
+            vcpus=vcpus,
+        )
+
+    async def _close(self) -> None:
+        self._closed = True
+        with trio.CancelScope(shield=True):
+            # All are told to stop before any is waited for.
+            async with trio.open_nursery() as nursery:
+                for vcpu in self._vcpus:
+                    nursery.start_soon(vcpu.aclose)
+
+
+@contextlib.asynccontextmanager
+async def open_vm(
+    space: AddressSpace,
+    io: AddressSpace | None = None,
+    *,
+    policy: KickPolicy = KickPolicy.EVERY_COMMIT,
+    backend: kernel.KvmBackend | None = None,
+) -> AsyncIterator[Vm]:
+    """A virtual machine that has ``space`` for its memory, until the block ends.
+
+    Every commit to ``space`` changes the machine's memslots, with its vCPUs
+    held outside the guest as ``policy`` says.
+
+    Args:
+        space: The guest's physical memory.
+        io: The guest's I/O ports; without it, nothing answers there.
+        policy: When vCPUs are held.
+        backend: What plays the kernel: a `memlistener.testing.FakeKvm`. None
+            for /dev/kvm.
+
+    Raises:
+        KvmUnavailableError: /dev/kvm cannot be used; says why and the mend.
+        KvmError: The kernel refuses the VM or its memory.
+        TransactionError: Inside a transaction of the same task.
+    """
+    kvm = _open() if backend is None else backend
+    try:
+        handle = kvm.create_vm()
+        try:
+            gate = Gate()
+            # B11: held until the kernel has the memory.
+            gate.hold_nowait()
+            listener = KvmMemoryListener(handle, gate, policy)
+            space.memory.when_broken(lambda _: gate.hold_nowait())
+            await space.memory.register(listener, space)
+            gate.release()
+            vm = Vm(handle, space, io, gate, listener)
+            try:
+                yield vm
+            finally:
+                await vm._close()
+                with trio.CancelScope(shield=True):
+                    await listener.detach(space)
+        finally:
+            handle.close()
+    finally:
+        if backend is None:
+            kvm.close()
+
+
+def _open() -> kernel.KvmBackend:
+    from memlistener.kvm.fds import Kvm
+
+    return Kvm.open()
+
+
+@attrs.frozen
+class Availability:
+    """Whether KVM can be used here: true or false, with the reason."""
+
+    usable: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.usable
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def available() -> Availability:
+    """Whether `open_vm` can work on this machine, and if not why not."""
+    try:
+        _open().close()
+    except KvmUnavailableError as error:
+        return Availability(False, str(error))
+    return Availability(True, "KVM is usable")

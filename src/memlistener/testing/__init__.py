@@ -1,0 +1,48 @@
+"""For your own tests: a kernel to play with, a listener that records, strategies.
+
+``memlistener.testing.strategies`` needs Hypothesis and is imported by itself.
+"""
+
+from memlistener.testing.fake_ioctls import Ioctl
+from memlistener.testing.fake_kvm import FakeKvm, FakeVm
+from memlistener.testing.fake_memslots import FakeMemslot
+from memlistener.testing.fake_vcpu import FakeVcpu, FakeVcpuStatistics
+from memlistener.testing.guest_script import (
+    Deaf,
+    Exit,
+    Fetch,
+    GuestProgram,
+    GuestScript,
+    Halt,
+    In,
+    Instruction,
+    LoseSignals,
+    Out,
+    Read,
+    Spin,
+    Write,
+)
+from memlistener.testing.recording import RecordingListener
+
+__all__ = [
+    "Deaf",
+    "Exit",
+    "FakeKvm",
+    "FakeMemslot",
+    "FakeVcpu",
+    "FakeVcpuStatistics",
+    "FakeVm",
+    "Fetch",
+    "GuestProgram",
+    "GuestScript",
+    "Halt",
+    "In",
+    "Instruction",
+    "Ioctl",
+    "LoseSignals",
+    "Out",
+    "Read",
+    "RecordingListener",
+    "Spin",
+    "Write",
+]

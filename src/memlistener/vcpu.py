@@ -1,0 +1,259 @@
+"""`VcpuRunner`: a vCPU as a trio task and a thread of its own, over any backend.
+
+The thread lives as long as the vCPU, since KVM wants one vCPU on one thread. It
+waits for the word to go, runs the guest, and reports one outcome: an access that
+trio has to serve, the end of the run, or an exception. The task that called
+`VcpuRunner.run` serves the access and gives the word again.
+
+    task                              thread
+    run() ── go ────────────────────> enter gate, guest, leave gate, handle ...
+         <────────────────── outcome ─┘ (as often as it can by itself)
+    serve the access
+         ── go ────────────────────>
+
+An access that was not served to its end, because the task was cancelled or the
+handler raised, stays pending and is served again by the next `run`; an outcome
+that came in while the task was being cancelled is returned by the next `run`.
+Nothing is lost.
+
+Threads are our own rather than trio's: a trio worker thread may serve anybody
+between two calls, and counts against a limit of 40.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import attrs
+import trio
+
+from memlistener.bracket import Gate
+from memlistener.errors import VcpuBusyError
+
+
+@attrs.frozen
+class Serve:
+    """An exit that needs the trio thread: what to await before going on."""
+
+    call: Callable[[], Awaitable[None]]
+
+
+class Backend(Protocol):
+    """What executes guest code for a `VcpuRunner`."""
+
+    def enter(self) -> bool:
+        """Execute guest code on the calling thread until it exits.
+
+        Returns:
+            True where it was merely kicked, False where there is something to
+            `handle`.
+        """
+        ...
+
+    def kick(self) -> None:
+        """Make `enter` return soon. From any thread, at any time; never blocks."""
+        ...
+
+    def clear_kick(self) -> None:
+        """Forget a kick that came when nobody was inside."""
+        ...
+
+    def handle(self) -> object:
+        """See to the exit that `enter` returned for, on the same thread.
+
+        Returns:
+            None to go on, a `Serve` to have trio do it, or anything else to end
+            the run with it.
+        """
+        ...
+
+    def describe(self) -> str:
+        """What the vCPU is doing, for a warning that it does not stop."""
+        ...
+
+
+@attrs.frozen
+class _Raised:
+    error: BaseException
+
+
+_STOPPED = object()
+_ENDED = object()
+
+
+class VcpuRunner:
+    """Runs one vCPU; see the module's text.
+
+    Args:
+        name: For people; also the thread's name.
+        backend: Executes guest code.
+        gate: Where it is stopped for a bracket.
+    """
+
+    def __init__(self, name: str, backend: Backend, gate: Gate) -> None:
+        self.name = name
+        self._backend = backend
+        self._gate = gate
+        self._pass = gate.add(name, backend.kick, backend.clear_kick, backend.describe)
+        self._token = trio.lowlevel.current_trio_token()
+        self._go = threading.Semaphore(0)
+        self._closing = False
+        self._closed = False
+        self._running = False  # a task is in run()
+        self._working = False  # the thread has the word
+        self._pending: Serve | None = None
+        self._outcome: object = None
+        self._reported = trio.Event()
+        self._waiting: trio.lowlevel.Task | None = None
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether a task is in `run`."""
+        return self._running
+
+    def check_idle(self, what: str) -> None:
+        """Raise `VcpuBusyError` where the vCPU's state is not to be touched now.
+
+        It may be touched between runs, from a device handler that the vCPU's
+        own exit called, and on its own thread.
+        """
+        if self._closed:
+            raise trio.ClosedResourceError(f"{what}: {self.name} is closed")
+        if self._working and threading.get_ident() != self._thread.ident:
+            raise VcpuBusyError(
+                f"{what} while {self.name} runs: cancel its run(), or do it in a device handler"
+            )
+
+    async def run(self) -> Any:
+        """Run the guest until it exits for good; the exit is returned.
+
+        Cancelling it kicks the vCPU and waits until its thread has left the
+        guest. A device handler's exception comes out of here.
+
+        Raises:
+            VcpuBusyError: Another task runs it already.
+            trio.ClosedResourceError: The vCPU is closed, or was while it ran.
+        """
+        if self._running:
+            raise VcpuBusyError(f"{self.name} is already run by another task")
+        if self._closed:
+            raise trio.ClosedResourceError(f"{self.name} is closed")
+        self._running = True
+        try:
+            while True:
+                if self._pending is not None:
+                    await self._pending.call()
+                    self._pending = None
+                await self._work()
+                outcome, self._outcome = self._outcome, None
+                if isinstance(outcome, Serve):
+                    self._pending = outcome
+                elif isinstance(outcome, _Raised):
+                    raise outcome.error
+                elif outcome is _STOPPED or outcome is _ENDED:
+                    # Only closing stops a vCPU without cancelling its task.
+                    raise trio.ClosedResourceError(f"{self.name} was closed while it ran")
+                else:
+                    return outcome
+        finally:
+            self._running = False
+
+    async def _work(self) -> None:
+        """Give the word and wait for an outcome, unless one has come in already."""
+        if self._outcome is not None:
+            await trio.lowlevel.checkpoint()
+            return
+        if self._closing:
+            self._outcome = _STOPPED
+            return
+        self._reported = trio.Event()
+        self._gate.allow(self._pass)
+        self._working = True
+        self._go.release()
+        try:
+            self._waiting = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
+        except BaseException:
+            await self._stop()
+            if self._outcome is _STOPPED:
+                self._outcome = None
+            elif isinstance(self._outcome, _Raised):
+                outcome, self._outcome = self._outcome, None
+                raise outcome.error  # noqa: B904 - what is being handled becomes its context
+            raise
+
+    def _abort(self, _: object) -> trio.lowlevel.Abort:
+        self._waiting = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    async def _stop(self) -> None:
+        """Get the thread out of the guest and wait for its outcome. Shielded."""
+        self._waiting = None
+        if not self._working:
+            return
+        self._gate.stop(self._pass)
+        with trio.CancelScope(shield=True):
+            await self._gate.kick_again(lambda: [self._pass], self._reported)
+
+    async def aclose(self) -> None:
+        """Stop the vCPU and end its thread. Idempotent; shielded from cancellation."""
+        if self._closed:
+            return
+        self._closing = True
+        with trio.CancelScope(shield=True):
+            if self._working:
+                self._gate.stop(self._pass)
+                await self._gate.kick_again(lambda: [self._pass], self._reported)
+            self._closed = True
+            self._reported = trio.Event()
+            self._go.release()
+            await self._reported.wait()
+            self._thread.join()
+            self._gate.remove(self._pass)
+
+    # ---- the thread ---------------------------------------------------------------
+
+    def _main(self) -> None:
+        while True:
+            self._go.acquire()
+            if self._closed:
+                self._report(_ENDED)
+                return
+            try:
+                outcome = self._execute()
+            except BaseException as error:
+                outcome = _Raised(error)
+            self._report(outcome)
+
+    def _execute(self) -> object:
+        gate, mine, backend = self._gate, self._pass, self._backend
+        while gate.enter(mine):
+            kicked = False
+            try:
+                kicked = backend.enter()
+            finally:
+                gate.leave(mine, returning=kicked)
+            if not kicked:
+                todo = backend.handle()
+                if todo is not None:
+                    return todo
+        return _STOPPED
+
+    def _report(self, outcome: object) -> None:
+        # The run may be over, and nobody left to hear it.
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._receive, outcome)
+
+    def _receive(self, outcome: object) -> None:
+        self._working = False
+        if outcome is not _ENDED:
+            self._outcome = outcome
+        self._reported.set()
+        task, self._waiting = self._waiting, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)

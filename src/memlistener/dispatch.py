@@ -21,14 +21,21 @@ from typing import Any, TypeVar
 
 from memlistener.core.flatview import FlatRange, FlatView
 from memlistener.core.kinds import READONLY, ROMD_MODE, RegionKind
-from memlistener.core.ops import MemTxAttrs, MemTxResult, constraints, implement, split
+from memlistener.core.ops import (
+    UNSPECIFIED,
+    MemTxAttrs,
+    MemTxResult,
+    constraints,
+    endianness,
+    implement,
+    split,
+)
 from memlistener.core.region import MemoryRegion
 from memlistener.errors import RegionTypeError
 
 T = TypeVar("T")
 
 _MEMORY = frozenset({RegionKind.RAM, RegionKind.ROM})
-_UNSPECIFIED = MemTxAttrs()
 
 
 def reads_memory(each: FlatRange) -> bool:
@@ -70,7 +77,7 @@ def run_on_thread(access: Coroutine[Any, Any, T]) -> T:
 
 
 async def read(
-    view: FlatView, addr: int, size: int, attrs: MemTxAttrs = _UNSPECIFIED
+    view: FlatView, addr: int, size: int, attrs: MemTxAttrs = UNSPECIFIED
 ) -> tuple[bytes, MemTxResult, int]:
     """Read ``size`` bytes at ``addr``.
 
@@ -98,7 +105,7 @@ async def read(
 
 
 async def write(
-    view: FlatView, addr: int, data: bytes | memoryview, attrs: MemTxAttrs = _UNSPECIFIED
+    view: FlatView, addr: int, data: bytes | memoryview, attrs: MemTxAttrs = UNSPECIFIED
 ) -> tuple[MemTxResult, int]:
     """Write ``data`` at ``addr``.
 
@@ -148,7 +155,7 @@ async def _read_ops(
     if not callable(getattr(ops, "read", None)):
         return b"\xff" * length, MemTxResult.ACCESS_ERROR
     valid, impl = constraints(ops)
-    order = getattr(ops, "endianness", "little")
+    order = endianness(ops)
     data = b""
     result = MemTxResult.OK
     for at, size in split(offset, length, valid):
@@ -187,7 +194,7 @@ async def _write_ops(
     if not callable(getattr(ops, "write", None)):
         return MemTxResult.ACCESS_ERROR
     valid, impl = constraints(ops)
-    order = getattr(ops, "endianness", "little")
+    order = endianness(ops)
     result = MemTxResult.OK
     for at, size in split(offset, len(data), valid):
         if size < valid.min_access_size:

@@ -31,7 +31,7 @@ import trio
 from memlistener import dispatch
 from memlistener.core.diff import Event, RegionAdd, RegionDel, RegionNop, diff
 from memlistener.core.flatview import FlatView
-from memlistener.core.ops import MemTxAttrs, MemTxResult
+from memlistener.core.ops import UNSPECIFIED, MemTxAttrs, MemTxResult
 from memlistener.core.region import MemoryRegion
 from memlistener.errors import (
     BrokenMemoryError,
@@ -96,7 +96,7 @@ class AddressSpace:
         """How many accesses met nothing (rule K5), by whomever they were made."""
         return self._unassigned
 
-    async def read(self, addr: int, size: int, attrs: MemTxAttrs = MemTxAttrs()) -> bytes:
+    async def read(self, addr: int, size: int, attrs: MemTxAttrs = UNSPECIFIED) -> bytes:
         """Read ``size`` bytes at ``addr``, as a device or a CPU would.
 
         Where nothing is, or a device refuses, the bytes are 0xff; use
@@ -111,7 +111,7 @@ class AddressSpace:
         return data
 
     async def read_result(
-        self, addr: int, size: int, attrs: MemTxAttrs = MemTxAttrs()
+        self, addr: int, size: int, attrs: MemTxAttrs = UNSPECIFIED
     ) -> tuple[bytes, MemTxResult]:
         """As `read`, with how it went."""
         self._check_range(addr, size)
@@ -121,7 +121,7 @@ class AddressSpace:
         return data, result
 
     async def write(
-        self, addr: int, data: bytes | bytearray | memoryview, attrs: MemTxAttrs = MemTxAttrs()
+        self, addr: int, data: bytes | bytearray | memoryview, attrs: MemTxAttrs = UNSPECIFIED
     ) -> MemTxResult:
         """Write ``data`` at ``addr``, as a device or a CPU would.
 
@@ -498,9 +498,14 @@ class MemorySystem:
         for callback in self._on_broken:
             callback(error)
 
-    def when_broken(self, callback: Callable[[BaseException], None]) -> None:
-        """Call ``callback(error)`` should the system break: an accelerator stops its vCPUs."""
+    def when_broken(self, callback: Callable[[BaseException], None]) -> Callable[[], None]:
+        """Call ``callback(error)`` should the system break: an accelerator stops its vCPUs.
+
+        Returns:
+            A function that takes the request back.
+        """
         self._on_broken.append(callback)
+        return lambda: self._on_broken.remove(callback)
 
     # ---- listeners ----------------------------------------------------------------
 

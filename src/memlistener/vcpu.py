@@ -150,7 +150,7 @@ class VcpuRunner:
                     await self._pending.call()
                     self._pending = None
                 await self._work()
-                outcome, self._outcome = self._outcome, None
+                outcome = self._take_outcome()
                 if isinstance(outcome, Serve):
                     self._pending = outcome
                 elif isinstance(outcome, _Raised):
@@ -180,12 +180,16 @@ class VcpuRunner:
             await trio.lowlevel.wait_task_rescheduled(self._abort)
         except BaseException:
             await self._stop()
-            if self._outcome is _STOPPED:
-                self._outcome = None
-            elif isinstance(self._outcome, _Raised):
-                outcome, self._outcome = self._outcome, None
-                raise outcome.error  # noqa: B904 - what is being handled becomes its context
+            outcome = self._take_outcome()
+            if isinstance(outcome, _Raised):
+                raise outcome.error from outcome.error.__cause__  # what cancelled is its context
+            if outcome is not _STOPPED:
+                self._outcome = outcome
             raise
+
+    def _take_outcome(self) -> object:
+        outcome, self._outcome = self._outcome, None
+        return outcome
 
     def _abort(self, _: object) -> trio.lowlevel.Abort:
         self._waiting = None

@@ -41,6 +41,9 @@ class MemTxAttrs:
     requester_id: int = 0
 
 
+UNSPECIFIED = MemTxAttrs()  # nobody in particular (MEMTXATTRS_UNSPECIFIED)
+
+
 def _power_of_two(_: object, attribute: attrs.Attribute[int], value: int) -> None:
     if value not in (1, 2, 4, 8):
         raise RegionError(f"{attribute.name} is 1, 2, 4 or 8 bytes, not {value!r}")
@@ -120,6 +123,11 @@ _DEFAULT = AccessConstraints()
 def constraints(ops: Any) -> tuple[AccessConstraints, AccessConstraints]:
     """The ``valid`` and ``impl`` of any ops object."""
     return getattr(ops, "valid", _DEFAULT), getattr(ops, "impl", _DEFAULT)
+
+
+def endianness(ops: Any) -> Literal["little", "big"]:
+    """The byte order of any ops object."""
+    return "big" if getattr(ops, "endianness", "little") == "big" else "little"
 
 
 def split(offset: int, size: int, valid: AccessConstraints) -> Iterator[tuple[int, int]]:

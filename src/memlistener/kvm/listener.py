@@ -12,6 +12,7 @@ the map as it was.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -145,10 +146,8 @@ class KvmMemoryListener(MemoryListener):
     async def detach(self, space: AddressSpace) -> None:
         """Unregister; the slots go with the VM, so no ioctl is spent on them."""
         self._closing = True
-        try:
+        with contextlib.suppress(BrokenMemoryError, ListenerError):  # told nothing any more
             await space.memory.unregister(self, space)
-        except (BrokenMemoryError, ListenerError):
-            pass  # nobody will be told anything any more
         self._pins.clear()
 
     # ---- sections -> mappings -----------------------------------------------------------

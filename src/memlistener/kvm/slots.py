@@ -230,7 +230,8 @@ class SlotTable:
         changes, wanted = self._changes(gone, wanted)
         moves, split = _in_order(changes)
         for change in split:
-            assert change.old is not None and change.new is not None
+            assert change.old is not None
+            assert change.new is not None
             gone[change.old.mapping] = change.old
             wanted.append(change.new.mapping)
         deletes = [SlotOp(slot, None) for slot in sorted(gone.values(), key=_address)]
@@ -238,9 +239,8 @@ class SlotTable:
 
     def _slot_of(self, mapping: Mapping) -> Memslot:
         found = self._by_address.get(mapping.guest_phys_addr)
-        assert found is not None and found.mapping == mapping, (
-            f"{mapping} is to be removed, and the table has {found}"
-        )
+        assert found is not None, f"{mapping} is to be removed and has no slot"
+        assert found.mapping == mapping, f"{mapping} is to be removed, and there is {found}"
         return found
 
     def _changes(

@@ -186,13 +186,15 @@ async def open_vm(
             # B11: held until the kernel has the memory.
             gate.hold_nowait()
             listener = KvmMemoryListener(handle, gate, policy)
-            space.memory.when_broken(lambda _: gate.hold_nowait())
             await space.memory.register(listener, space)
+            # A torn map is not run on (T13).
+            forget = space.memory.when_broken(lambda _: gate.hold_nowait())
             gate.release()
             vm = Vm(handle, space, io, gate, listener)
             try:
                 yield vm
             finally:
+                forget()
                 await vm._close()
                 with trio.CancelScope(shield=True):
                     await listener.detach(space)

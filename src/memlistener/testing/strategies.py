@@ -6,6 +6,7 @@ well, and builds the same tree as often as it is asked to.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import attrs
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from memlistener.core.kinds import RegionKind
 from memlistener.core.region import MemoryRegion
+from memlistener.errors import RegionError
 
 _BOUNDARIES = (0, 1, 0x10, 0x1000, 0x2000, 0x3000, 0x8000, 1 << 32, 1 << 63)
 _SIZES = (1, 2, 0x10, 0x1000, 0x1800, 0x4000, 0x10000, 1 << 32, 1 << 63, 1 << 64)
@@ -71,10 +73,8 @@ class TreePlan:
             if number and plan.into < number:
                 holder = made[plan.into]
                 if holder.kind is not RegionKind.ALIAS:
-                    try:
+                    with contextlib.suppress(RegionError):  # it would make a cycle
                         holder.add_subregion_overlap(plan.addr, region, plan.priority)
-                    except ValueError:
-                        pass  # a cycle
         return made
 
 

@@ -8,12 +8,15 @@ journal the way back, report the damage.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from memlistener.errors import RegionError
 
 if TYPE_CHECKING:
     from memlistener.core.region import MemoryRegion
+
+# The aliases on a way through the tree, the last one first: (the rest, alias).
+Chain: TypeAlias = "tuple[Chain, MemoryRegion] | None"
 
 
 class TreeOwner(Protocol):
@@ -76,32 +79,50 @@ def change(
 
 
 def reach(region: MemoryRegion) -> list[tuple[TreeOwner, int, int]]:
-    """Where this region can show: (owner, low, high) in the owner's addresses.
+    """Where a region can show: (owner, low, high) in the owner's addresses.
 
     Walks up through containers and through aliases of them, clipping on the
     way. An owner from which nothing of it can be seen comes with an empty
     window: the region is live there all the same.
     """
     found: list[tuple[TreeOwner, int, int]] = []
-    todo: list[tuple[MemoryRegion, int, int]] = [(region, 0, region._size)]
+    unseen: set[MemoryRegion] = set()  # walked already with an empty window
+    # (region, low, high, the aliases passed on the way)
+    todo: list[tuple[MemoryRegion, int, int, Chain]] = [(region, 0, region._size, None)]
     while todo:
-        each, low, high = todo.pop()
+        each, low, high, chain = todo.pop()
         if low < 0:
             low = 0
         if high > each._size:
             high = each._size
         if low >= high or not each._enabled:
+            if each in unseen:
+                continue
+            unseen.add(each)
             low = high = 0
         if each._aliases:
             for alias in each._aliases:
-                offset = alias._alias_offset
-                todo.append((alias, low - offset, high - offset))
+                # Through an alias a second time: it would show itself, which
+                # rendering refuses. An alias of a container that it is in is
+                # ordinary, so the tree of a real machine does have such loops.
+                if not in_chain(alias, chain):
+                    offset = alias._alias_offset
+                    todo.append((alias, low - offset, high - offset, (chain, alias)))
         addr = each._addr
         for owner in each._owners:
             found.append((owner, low + addr, high + addr))
         if each._container is not None:
-            todo.append((each._container, low + addr, high + addr))
+            todo.append((each._container, low + addr, high + addr, chain))
     return found
+
+
+def in_chain(region: MemoryRegion, chain: Chain) -> bool:
+    """Whether ``region`` is one of a chain's aliases."""
+    while chain is not None:
+        chain, alias = chain
+        if alias is region:
+            return True
+    return False
 
 
 def above_of(region: MemoryRegion) -> set[MemoryRegion]:

@@ -16,6 +16,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from memlistener.core.change import Chain
 from memlistener.core.diff import Event, diff
 from memlistener.core.kinds import (
     LIMIT,
@@ -53,7 +54,7 @@ class FlatRange(NamedTuple):
     region: MemoryRegion
     offset: int
     flags: int
-    via: tuple[object, ...] | None
+    via: Chain
 
     @property
     def end(self) -> int:
@@ -148,6 +149,9 @@ class FlatView:
 
         Args:
             root: Rendered at its own `MemoryRegion.addr`, clipped to 64 bits.
+
+        Raises:
+            RegionError: An alias shows itself.
         """
         return cls(_joined(render(root, 0, LIMIT)))
 

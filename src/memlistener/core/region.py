@@ -35,6 +35,7 @@ from memlistener.core.kinds import (
     UNMERGEABLE,
     RegionKind,
 )
+from memlistener.core.render import place
 from memlistener.errors import RegionError, RegionTypeError
 
 Translate: TypeAlias = Callable[..., Any]
@@ -392,7 +393,7 @@ class MemoryRegion:
 
         Raises:
             RegionError: ``region`` overlaps a sibling, is in a container
-                already, or contains or shows this region.
+                already, contains this one, or would show itself there.
             TransactionError: The tree is live and no transaction is open.
         """
         self._add(addr, region, 0, may_overlap=False)
@@ -427,14 +428,15 @@ class MemoryRegion:
                 f"{region!r} is already a subregion of {region._container!r}: "
                 f"del_subregion it there before adding it to {self!r}"
             )
-        if region is self or region in above_of(self):
-            raise RegionError(
-                f"adding {region!r} to {self!r} would make a cycle: "
-                f"the one already contains the other, or shows it through an alias"
-            )
+        holder: MemoryRegion | None = self
+        while holder is not None:
+            if holder is region:
+                raise RegionError(
+                    f"adding {region!r} to {self!r} would make a cycle: the one contains the other"
+                )
+            holder = holder._container
         if not may_overlap:
             self._check_overlap(addr, region)
-
         old_addr, old_priority, old_overlap = region._addr, region._priority, region._may_overlap
 
         def apply() -> None:
@@ -446,6 +448,16 @@ class MemoryRegion:
             region._addr, region._priority = old_addr, old_priority
             region._may_overlap = old_overlap
 
+        if region in above_of(self):
+            # An alias leads from here back to here. Real machines have that (an
+            # alias of one half of a container in its other half); what cannot be
+            # is an alias that shows itself, and so on without end. Moving or
+            # resizing can still make one: then rendering refuses it.
+            apply()
+            try:
+                place(self, 0, LIMIT)
+            finally:
+                undo()
         change(region, "add_subregion", apply, undo, above=self)
 
     def _check_overlap(self, addr: int, region: MemoryRegion) -> None:

@@ -2,7 +2,7 @@
 
 In two steps, which together are rules F1 to F5.
 
-1. `_place` walks the tree and lists every terminating region that reaches into
+1. `place` walks the tree and lists every terminating region that reaches into
    the window, as a placement: the addresses it would cover if nothing hid it.
    They come in the order in which QEMU renders them (children before their
    parent, highest priority first), so of two that overlap the earlier shows.
@@ -21,21 +21,26 @@ from collections.abc import Iterator
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from memlistener.core.change import Chain, in_chain
 from memlistener.core.kinds import INHERITED, RegionKind
-from memlistener.core.region import MemoryRegion
+from memlistener.errors import RegionError
 
 if TYPE_CHECKING:
-    Via: TypeAlias = tuple[object, ...] | None
+    from memlistener.core.region import MemoryRegion
 
 # (low, high, region, the address of the region's offset 0, flags, via)
-Piece: TypeAlias = "tuple[int, int, MemoryRegion, int, int, Via]"
+Piece: TypeAlias = "tuple[int, int, MemoryRegion, int, int, Chain]"
 # (low, order, high, region, base, flags, via): sorts by address, then by order.
-Placement: TypeAlias = "tuple[int, int, int, MemoryRegion, int, int, Via]"
+Placement: TypeAlias = "tuple[int, int, int, MemoryRegion, int, int, Chain]"
 
 
 def render(root: MemoryRegion, low: int, high: int) -> Iterator[Piece]:
-    """What shows of the tree below ``root`` in [low, high): ascending, apart."""
-    placements = _place(root, low, high)
+    """What shows of the tree below ``root`` in [low, high): ascending, apart.
+
+    Raises:
+        RegionError: An alias shows itself.
+    """
+    placements = place(root, low, high)
     placements.sort()
     count = len(placements)
     # Placements that cover ``at``, or did when they were pushed, earliest first.
@@ -76,7 +81,7 @@ def render(root: MemoryRegion, low: int, high: int) -> Iterator[Piece]:
         at = end
 
 
-def _place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
+def place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
     """Every terminating region that reaches into [low, high), in rendering order.
 
     The walk keeps its own stack, since a tree may be deeper than Python's. A
@@ -87,7 +92,7 @@ def _place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
     append = out.append
     order = 0
     # (children left, own placement, base, low, high, flags, via)
-    stack: list[tuple[Iterator[MemoryRegion], Any, int, int, int, int, Via]] = [
+    stack: list[tuple[Iterator[MemoryRegion], Any, int, int, int, int, Chain]] = [
         (iter((root,)), None, 0, low, high, 0, None)
     ]
     while stack:
@@ -111,6 +116,13 @@ def _place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
             if child._kind is RegionKind.ALIAS:
                 target = child._alias_target
                 assert target is not None
+                if in_chain(child, via):
+                    raise RegionError(
+                        f"{child!r} shows itself: its target {target!r} shows it again at "
+                        f"[{first - start + child._alias_offset:#x}, "
+                        f"{last - start + child._alias_offset:#x}); move the alias, or make its "
+                        f"window smaller"
+                    )
                 stack.append(
                     (
                         iter((target,)),

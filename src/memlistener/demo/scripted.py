@@ -1,0 +1,73 @@
+"""The demo's guest for machines without KVM: a script on `FakeKvm`'s vCPUs.
+
+It works through the same table in the same memory as the machine code in
+`guest`, and tells the host the same in the same mailboxes; where there is no
+memslot it meets the same holes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from memlistener import kvm
+from memlistener.demo.guest import WORD, Work, mailbox_address, word
+from memlistener.testing import FakeKvm, Fetch, GuestScript, Ioctl, Read, Write
+
+# About what KVM_SET_USER_MEMORY_REGION takes. What counts is that a vCPU gets
+# to run between two of them, which Python's threads would seldom let it.
+_IOCTL = 20e-6
+
+
+class ScriptedMachine:
+    """A `FakeKvm` whose vCPUs work through a table.
+
+    Attributes:
+        backend: For `kvm.open_vm`.
+    """
+
+    def __init__(self, work: Sequence[Work]) -> None:
+        self._work = work
+        self.backend = FakeKvm(log_limit=0)
+        self.backend.on_ioctl = _take_time
+
+    def start(self, vcpu: kvm.Vcpu) -> None:
+        """Put a vCPU at the start of its script; it must not be running."""
+        self.backend.vms[-1].vcpus[vcpu.id].load(_guest(self._work, vcpu.id))
+
+
+def _take_time(ioctl: Ioctl) -> None:
+    if ioctl.name == "KVM_SET_USER_MEMORY_REGION":
+        time.sleep(_IOCTL)
+
+
+def _guest(work: Sequence[Work], vcpu_id: int) -> GuestScript:
+    """The program of `guest`, step by step."""
+    mailbox = mailbox_address(vcpu_id)
+    passes = yield Read(mailbox, WORD)
+    while True:
+        for each in work:
+            for addr in range(each.first, each.end, each.stride):
+                found = yield Read(addr, WORD)
+                if found != word(addr):
+                    yield from _wrong(mailbox, addr, found)
+            if each.touch:
+                yield Write(each.touch, WORD, word(each.touch))
+            if each.own:
+                addr = each.own + WORD * vcpu_id
+                found = yield Read(addr, WORD)
+                if found != passes:
+                    yield from _wrong(mailbox, addr, found)
+                yield Write(addr, WORD, (passes + 1) % (1 << 32))
+            if each.routine:
+                yield Fetch(each.routine)
+        passes = (passes + 1) % (1 << 32)
+        yield Write(mailbox, WORD, passes)
+
+
+def _wrong(mailbox: int, addr: int, found: int) -> GuestScript:
+    count = yield Read(mailbox + WORD, WORD)
+    yield Write(mailbox + WORD, WORD, (count + 1) % (1 << 32))
+    if not count:
+        yield Write(mailbox + 2 * WORD, WORD, addr)
+        yield Write(mailbox + 3 * WORD, WORD, found)

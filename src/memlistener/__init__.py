@@ -17,6 +17,8 @@ Importing this package loads neither cffi nor the KVM extension; ``from
 memlistener import kvm`` is what does, and only when a VM is opened.
 """
 
+from memlistener.address_space import AddressSpace
+from memlistener.core.dirty import DirtyClient
 from memlistener.core.flatview import FlatRange, FlatView
 from memlistener.core.kinds import RegionKind
 from memlistener.core.ops import AccessConstraints, MemoryRegionOps, MemTxAttrs, MemTxResult
@@ -36,7 +38,7 @@ from memlistener.errors import (
     VcpuBusyError,
 )
 from memlistener.listener import ListenerPriority, MemoryListener, MemoryRegionSection
-from memlistener.memory import AddressSpace, MemorySystem
+from memlistener.memory import MemorySystem
 from memlistener.ram import RamBlock
 
 __version__ = "0.1.0"
@@ -45,6 +47,7 @@ __all__ = [
     "AccessConstraints",
     "AddressSpace",
     "BrokenMemoryError",
+    "DirtyClient",
     "FlatRange",
     "FlatView",
     "KvmError",

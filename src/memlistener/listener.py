@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from memlistener.errors import ListenerError
+
 if TYPE_CHECKING:
+    from memlistener.address_space import AddressSpace
     from memlistener.core.flatview import FlatRange
     from memlistener.core.region import MemoryRegion
-    from memlistener.memory import AddressSpace
 
 
 class ListenerPriority(enum.IntEnum):
@@ -73,6 +75,17 @@ class MemoryRegionSection:
             each.unmergeable,
         )
 
+    def clipped(self, low: int, high: int) -> MemoryRegionSection:
+        """The part that shows [low, high) of the region."""
+        return attrs.evolve(
+            self,
+            offset_within_region=low,
+            offset_within_address_space=(
+                self.offset_within_address_space + low - self.offset_within_region
+            ),
+            size=high - low,
+        )
+
     @property
     def end(self) -> int:
         """One past the last address in the address space."""
@@ -121,36 +134,99 @@ class MemoryListener:
     def region_nop(self, section: MemoryRegionSection) -> Awaitable[None] | None:
         """``section`` is in both views. Overriding this makes each commit O(n)."""
 
+    def eventfd_add(
+        self, section: MemoryRegionSection, match_data: bool, data: int, eventfd: Any
+    ) -> Awaitable[None] | None:
+        """A write to the section, of ``data`` if ``match_data``, is to signal ``eventfd``.
 
-HOOKS = ("begin", "commit", "region_add", "region_del", "region_nop")
+        The section's size is the width of the write, 0 for any. Comes after both
+        passes, and without begin and commit where nothing else changed (rule T9).
+        """
+
+    def eventfd_del(
+        self, section: MemoryRegionSection, match_data: bool, data: int, eventfd: Any
+    ) -> Awaitable[None] | None:
+        """The write no longer signals ``eventfd``."""
+
+    def coalesced_io_add(
+        self, section: MemoryRegionSection, addr: int, size: int
+    ) -> Awaitable[None] | None:
+        """Writes to [addr, addr + size), absolute, may be delivered late and together."""
+
+    def coalesced_io_del(
+        self, section: MemoryRegionSection, addr: int, size: int
+    ) -> Awaitable[None] | None:
+        """Writes to [addr, addr + size), absolute, are to be delivered at once again."""
+
+    def log_start(self, section: MemoryRegionSection, old: int, new: int) -> Awaitable[None] | None:
+        """Clients began to log writes: the mask of `DirtyClient` bits grew to ``new``.
+
+        A range that is added with logging on already is not told twice: but at
+        registration it is, with ``old`` 0 (rules T6, T8).
+        """
+
+    def log_stop(self, section: MemoryRegionSection, old: int, new: int) -> Awaitable[None] | None:
+        """Clients no longer log writes: the mask shrank to ``new``."""
+
+    def log_sync(self, section: MemoryRegionSection) -> Awaitable[None] | None:
+        """Bring the section's dirty bits up to date: mark them on its `RamBlock`."""
+
+    def log_sync_global(self) -> Awaitable[None] | None:
+        """As `log_sync`, for everything at once. A listener has the one or the other."""
+
+    def log_clear(self, section: MemoryRegionSection) -> Awaitable[None] | None:
+        """The section's dirty bits were taken: writes from now on count again."""
+
+    def log_global_start(self) -> Awaitable[None] | None:
+        """Logging of all memory is about to start."""
+
+    def log_global_stop(self) -> Awaitable[None] | None:
+        """Logging of all memory has stopped."""
+
+    def log_global_after_sync(self) -> Awaitable[None] | None:
+        """A memory-wide sync is complete."""
 
 
-@attrs.frozen
+HOOKS = tuple(name for name, member in vars(MemoryListener).items() if inspect.isfunction(member))
+
+
+@attrs.frozen(eq=False)
 class Hook:
     """One overridden hook of one listener."""
 
     call: Callable[..., Any]
     is_async: bool
+    registration: Registration
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Registration:
     """A listener, its address space, and its overridden hooks by name."""
 
     listener: MemoryListener
     space: AddressSpace
     priority: int
-    hooks: dict[str, Hook]
+    hooks: dict[str, Hook] = attrs.field(factory=dict)
 
     @classmethod
     def of(cls, listener: MemoryListener, space: AddressSpace) -> Registration:
-        """Find out what ``listener`` overrides."""
-        hooks = {}
+        """Find out what ``listener`` overrides.
+
+        Raises:
+            ListenerError: It overrides both log_sync and log_sync_global.
+        """
+        registration = cls(listener, space, int(listener.priority))
         for name in HOOKS:
             call = getattr(listener, name)
             if getattr(call, "__func__", call) is not getattr(MemoryListener, name):
-                hooks[name] = Hook(call, inspect.iscoroutinefunction(call))
-        return cls(listener, space, int(listener.priority), hooks)
+                is_async = inspect.iscoroutinefunction(call)
+                registration.hooks[name] = Hook(call, is_async, registration)
+        if "log_sync" in registration.hooks and "log_sync_global" in registration.hooks:
+            raise ListenerError(
+                f"{listener!r} has both log_sync and log_sync_global: keep the one that it "
+                f"can do better"
+            )
+        return registration
 
     async def tell(self, name: str, *args: object) -> None:
         """Call hook ``name``, where it is overridden."""
@@ -159,6 +235,15 @@ class Registration:
             result = hook.call(*args)
             if hook.is_async:
                 await result
+
+
+def hooks_by_name(registrations: Iterable[Registration]) -> dict[str, tuple[Hook, ...]]:
+    """Who overrides what: a hook that nobody overrides is not there."""
+    found: dict[str, tuple[Hook, ...]] = {}
+    for each in registrations:
+        for name, hook in each.hooks.items():
+            found[name] = (*found.get(name, ()), hook)
+    return found
 
 
 def insert_in_order(registrations: list[Registration], new: Registration) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from memlistener.errors import RegionError
 
 if TYPE_CHECKING:
+    from memlistener.core.ioeventfd import Attached
     from memlistener.core.region import MemoryRegion
 
 # The aliases on a way through the tree, the last one first: (the rest, alias).
@@ -39,6 +40,10 @@ class TreeOwner(Protocol):
         """Addresses [low, high) may look different now."""
         ...
 
+    def reattached(self, region: MemoryRegion, before: Attached, low: int, high: int) -> None:
+        """What hangs on ``region`` changed; it shows in [low, high), if anywhere."""
+        ...
+
     def detached(self, region: MemoryRegion) -> None:
         """``region`` left the tree, but a rollback would bring it back."""
         ...
@@ -51,8 +56,19 @@ def change(
     undo: Callable[[], None],
     *,
     above: MemoryRegion | None = None,
+    before: Attached | None = None,
 ) -> list[TreeOwner]:
-    """Steps 2 to 5 of a mutator. ``above`` is the container about to be joined."""
+    """Steps 2 to 5 of a mutator.
+
+    Args:
+        region: What changes.
+        what: The mutator's name.
+        apply: Makes the change.
+        undo: Takes it back.
+        above: The container that the region is about to join.
+        before: For a change of what hangs on the region, which is no damage:
+            what that was.
+    """
     reached = reach(region)
     if above is not None:
         reached += [(owner, 0, 0) for owner, _, _ in reach(above)]
@@ -69,6 +85,11 @@ def change(
         owner.check_change(region, what)
     apply()
     owners[0].record(undo)
+    if before is not None:
+        for owner, low, high in reached:
+            if low < high:
+                owner.reattached(region, before, low, high)
+        return owners
     for owner, low, high in reached:
         if low < high:
             owner.damage(low, high)
@@ -123,6 +144,15 @@ def in_chain(region: MemoryRegion, chain: Chain) -> bool:
         if alias is region:
             return True
     return False
+
+
+def same_chain(one: Chain, two: Chain) -> bool:
+    """Whether two chains are of the same aliases; ``==`` would recurse as deep as they go."""
+    while one is not two:
+        if one is None or two is None or one[1] is not two[1]:
+            return False
+        one, two = one[0], two[0]
+    return True
 
 
 def above_of(region: MemoryRegion) -> set[MemoryRegion]:

@@ -1,17 +1,23 @@
-"""Old ranges, new ranges -> the events that turn the one into the other (rule T5).
-
-Events are frozen values. The same ones are delivered to listeners by
-`memlistener.memory`, compared in unit tests, and inverted when a transaction
-has to be undone.
-"""
+"""Old ranges, new ranges -> the events that turn the one into the other (rule T5)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import attrs
-
+from memlistener.core.events import (
+    CoalescedAdd,
+    CoalescedDel,
+    Event,
+    EventfdAdd,
+    EventfdDel,
+    LogStart,
+    LogStop,
+    RegionAdd,
+    RegionDel,
+    RegionNop,
+)
+from memlistener.core.ioeventfd import coalesced_of, eventfds_of
 from memlistener.core.kinds import LOG_SHIFT
 
 if TYPE_CHECKING:
@@ -19,40 +25,10 @@ if TYPE_CHECKING:
 
 _FLAGS = (1 << LOG_SHIFT) - 1
 
-
-@attrs.frozen
-class RegionDel:
-    """A range of the old view is not in the new one."""
-
-    range: FlatRange
-    is_delete: ClassVar[bool] = True
+__all__ = ["Event", "RegionAdd", "RegionDel", "RegionNop", "diff", "replay", "replay_reversed"]
 
 
-@attrs.frozen
-class RegionAdd:
-    """A range of the new view was not in the old one."""
-
-    range: FlatRange
-    is_delete: ClassVar[bool] = False
-
-
-@attrs.frozen
-class RegionNop:
-    """A range is in both views; its dirty-log mask may differ."""
-
-    range: FlatRange
-    is_delete: ClassVar[bool] = False
-
-
-Event: TypeAlias = RegionDel | RegionAdd | RegionNop
-
-
-def diff(
-    old: Sequence[FlatRange] | Iterable[FlatRange],
-    new: Sequence[FlatRange] | Iterable[FlatRange],
-    *,
-    nops: bool = False,
-) -> list[Event]:
+def diff(old: Iterable[FlatRange], new: Iterable[FlatRange], *, nops: bool = False) -> list[Event]:
     """Compare two ascending sequences of ranges.
 
     Args:
@@ -76,12 +52,17 @@ def diff(
             adds.append(RegionAdd(two))
             two = next(news, None)
         else:
-            if _same(one, two):
-                if nops or one[4] != two[4]:
-                    adds.append(RegionNop(two))
-            else:
+            if not _same(one, two):
                 dels.append(RegionDel(one))
                 adds.append(RegionAdd(two))
+            elif one is not two or nops:
+                if nops:
+                    adds.append(RegionNop(two))
+                before, after = one[4] >> LOG_SHIFT, two[4] >> LOG_SHIFT
+                if after & ~before:
+                    adds.append(LogStart(two, before, after))
+                if before & ~after:
+                    adds.append(LogStop(two, before, after))
             one, two = next(olds, None), next(news, None)
     return dels + adds
 
@@ -94,3 +75,37 @@ def _same(one: FlatRange, two: FlatRange) -> bool:
         and one[3] == two[3]
         and (one[4] ^ two[4]) & _FLAGS == 0
     )
+
+
+def replay(view: Iterable[FlatRange]) -> list[Event]:
+    """What a listener hears of a view when it registers (rule T8)."""
+    events: list[Event] = []
+    fds: list[EventfdAdd] = []
+    for each in view:
+        events.append(RegionAdd(each))
+        attached = each.region._attached
+        events.extend(CoalescedAdd(each, *span) for span in coalesced_of(each, attached))
+        mask = each.dirty_log_mask
+        if mask:
+            events.append(LogStart(each, 0, mask))
+        fds.extend(EventfdAdd(each, fd) for fd in eventfds_of(each, attached))
+    return [*events, *sorted(fds, key=_fd_order)]
+
+
+def replay_reversed(view: Iterable[FlatRange]) -> list[Event]:
+    """What a listener hears of a view when it is unregistered (rule T8)."""
+    events: list[Event] = []
+    fds: list[EventfdDel] = []
+    for each in view:
+        attached = each.region._attached
+        mask = each.dirty_log_mask
+        if mask:
+            events.append(LogStop(each, mask, 0))
+        events.extend(CoalescedDel(each, *span) for span in coalesced_of(each, attached))
+        events.append(RegionDel(each))
+        fds.extend(EventfdDel(each, fd) for fd in eventfds_of(each, attached))
+    return [*events, *sorted(fds, key=_fd_order)]
+
+
+def _fd_order(event: EventfdAdd | EventfdDel) -> tuple[int, int, bool, int]:
+    return event.fd.order()

@@ -16,9 +16,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from memlistener.core.change import Chain
+from memlistener.core.change import Chain, same_chain
 from memlistener.core.diff import Event, diff
 from memlistener.core.kinds import (
+    BACKED,
     LIMIT,
     LOG_SHIFT,
     NONVOLATILE,
@@ -119,7 +120,7 @@ def mergeable(left: FlatRange, right: FlatRange) -> bool:
         and left[0] + left[1] == right[0]
         and left[3] + left[1] == right[3]
         and left[4] == right[4]
-        and (not left[4] & UNMERGEABLE or left[5] == right[5])
+        and (not left[4] & UNMERGEABLE or same_chain(left[5], right[5]))
     )
 
 
@@ -144,16 +145,17 @@ class FlatView:
         self._length = length
 
     @classmethod
-    def render(cls, root: MemoryRegion) -> FlatView:
+    def render(cls, root: MemoryRegion, *, log_mask: int = 0) -> FlatView:
         """Flatten the tree below ``root`` (rules F1 to F6). O(n log n), pure.
 
         Args:
             root: Rendered at its own `MemoryRegion.addr`, clipped to 64 bits.
+            log_mask: Flags that all memory gets: that everything is logged.
 
         Raises:
             RegionError: An alias shows itself.
         """
-        return cls(_joined(render(root, 0, LIMIT)))
+        return cls(_joined(render(root, 0, LIMIT), log_mask))
 
     # ---- reading --------------------------------------------------------------
 
@@ -209,7 +211,7 @@ class FlatView:
     # ---- making the next view ---------------------------------------------------
 
     def updated(
-        self, root: MemoryRegion, windows: Sequence[tuple[int, int]]
+        self, root: MemoryRegion, windows: Sequence[tuple[int, int]], *, log_mask: int = 0
     ) -> tuple[FlatView, list[Event]]:
         """The view after a change that can show only inside ``windows``.
 
@@ -218,6 +220,7 @@ class FlatView:
         Args:
             root: The tree as it is now.
             windows: [low, high) each; in any order, may overlap.
+            log_mask: As for `render`.
 
         Returns:
             The new view and what differs, deletes first, both ascending (rule
@@ -228,7 +231,7 @@ class FlatView:
         dels: list[Event] = []
         adds: list[Event] = []
         for group in self._groups(_union(windows)):
-            view, events = view._updated(root, group)
+            view, events = view._updated(root, group, log_mask)
             for event in events:
                 (dels if event.is_delete else adds).append(event)
         return view, dels + adds
@@ -250,7 +253,7 @@ class FlatView:
             yield group
 
     def _updated(
-        self, root: MemoryRegion, windows: list[tuple[int, int]]
+        self, root: MemoryRegion, windows: list[tuple[int, int]], log_mask: int
     ) -> tuple[FlatView, list[Event]]:
         # The old ranges that reach into a window or touch it: those can merge
         # with what is rendered now, all others cannot.
@@ -271,7 +274,7 @@ class FlatView:
                 if end > low:
                     break
                 each = next(kept, None)
-            pieces.extend(_joined(render(root, low, high)))
+            pieces.extend(_joined(render(root, low, high), log_mask))
             at = high
             while each is not None and each[0] + each[1] <= high:
                 each = next(kept, None)
@@ -371,12 +374,14 @@ def _cut(each: FlatRange, low: int, high: int) -> FlatRange:
     return FlatRange(low, high - low, region, offset + low - start, flags, via)
 
 
-def _joined(pieces: Iterable[Piece]) -> list[FlatRange]:
+def _joined(pieces: Iterable[Piece], log_mask: int) -> list[FlatRange]:
     """Ranges from rendered pieces in ascending order, merged by rule F6."""
     new = tuple.__new__  # FlatRange's own constructor, without the keyword handling
     ranges: list[FlatRange] = []
     last: FlatRange | None = None
     for low, high, region, base, flags, via in pieces:
+        if log_mask and region._kind in BACKED:
+            flags |= log_mask
         made = new(
             FlatRange,
             (low, high - low, region, low - base, flags, via if flags & UNMERGEABLE else None),

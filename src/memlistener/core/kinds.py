@@ -26,3 +26,7 @@ class RegionKind(enum.Enum):
     ALIAS = "alias"
     RESERVATION = "reservation"
     IOMMU = "iommu"
+
+
+# Kinds with a RamBlock behind them.
+BACKED = frozenset({RegionKind.RAM, RegionKind.ROM, RegionKind.ROM_DEVICE})

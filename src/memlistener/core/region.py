@@ -25,10 +25,16 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, overload
 
+from attrs import evolve
+
 from memlistener.core.change import TreeOwner, above_of, change
 from memlistener.core.children import Children
+from memlistener.core.dirty import DirtyClient
+from memlistener.core.ioeventfd import NOTHING, Attached, IoEventFd
 from memlistener.core.kinds import (
+    BACKED,
     LIMIT,
+    LOG_SHIFT,
     NONVOLATILE,
     READONLY,
     ROMD_MODE,
@@ -114,6 +120,7 @@ class MemoryRegion:
         "_alias_offset",
         "_alias_target",
         "_aliases",
+        "_attached",
         "_block",
         "_children",
         "_container",
@@ -155,6 +162,7 @@ class MemoryRegion:
         # container that held it is no concern of its target.
         self._aliases: weakref.WeakSet[MemoryRegion] | None = None
         self._owners: tuple[TreeOwner, ...] = ()
+        self._attached = NOTHING
         self._ops: Any = None
         self._translate: Translate | None = None
         self._block: Any = None
@@ -336,6 +344,21 @@ class MemoryRegion:
         return bool(self._flags & ROMD_MODE)
 
     @property
+    def dirty_log_mask(self) -> int:
+        """A bit for each `DirtyClient` that `set_log` turned on for this region."""
+        return self._flags >> LOG_SHIFT
+
+    @property
+    def eventfds(self) -> tuple[IoEventFd, ...]:
+        """The ioeventfds, at offsets in the region."""
+        return self._attached.eventfds
+
+    @property
+    def coalesced(self) -> tuple[tuple[int, int], ...]:
+        """The coalesced ranges: (offset, size) each."""
+        return self._attached.coalesced
+
+    @property
     def alias_target(self) -> MemoryRegion | None:
         """What an alias shows; None for other regions."""
         return self._alias_target
@@ -367,10 +390,10 @@ class MemoryRegion:
         Raises:
             OSError: The memory has to be mapped now, and the host refuses.
         """
-        if self._block is None and self._kind in _BACKED:
+        if self._block is None and self._kind in BACKED:
             if _allocate is None:  # pragma: no cover - memlistener.ram always sets it
                 raise RegionError(f"{self._name!r} has no block: import memlistener.ram")
-            self._block = _allocate(self._name, self._size, self._data)
+            self._block = _allocate(self._name, self._size, self._data[: self._size])
             self._data = b""
         return self._block
 
@@ -593,6 +616,86 @@ class MemoryRegion:
 
         change(self, f"set_{what}", lambda: apply(new), lambda: apply(old))
 
+    def set_log(self, log: bool, client: DirtyClient) -> None:
+        """Have writes to the region logged for one client, or not (``memory_region_set_log``).
+
+        Raises:
+            RegionError: The region has no memory.
+        """
+        _check_bool(self, "log", log)
+        if self._kind not in BACKED:
+            raise RegionError(f"{self!r} has no memory whose writes could be logged")
+        try:
+            bit = 1 << DirtyClient(client) + LOG_SHIFT
+        except ValueError as exc:
+            raise RegionTypeError(f"{client!r} is not a DirtyClient") from exc
+        self._set_flag("log", bit, log)
+
+    def add_eventfd(self, offset: int, size: int, eventfd: Any, *, data: int | None = None) -> None:
+        """Have a write signal an eventfd instead of ops (``memory_region_add_eventfd``).
+
+        Args:
+            offset: In the region, in bytes.
+            size: Width of the write: 1, 2, 4 or 8 bytes, 0 for any.
+            eventfd: A file descriptor, or an object with ``fileno()``.
+            data: The value that has to be written; None for any.
+
+        Raises:
+            RegionError: It does not fit the region, or is there already.
+        """
+        fd = self._eventfd(offset, size, eventfd, data)
+        if fd in self._attached.eventfds:
+            raise RegionError(f"{self!r} has {fd} already")
+        self._attach("add_eventfd", eventfds=(*self._attached.eventfds, fd))
+
+    def del_eventfd(self, offset: int, size: int, eventfd: Any, *, data: int | None = None) -> None:
+        """Take back `add_eventfd` of the same arguments (``memory_region_del_eventfd``).
+
+        Raises:
+            RegionError: There is none such.
+        """
+        fd = self._eventfd(offset, size, eventfd, data)
+        if fd not in self._attached.eventfds:
+            raise RegionError(f"{self!r} has no {fd}: it has {list(self._attached.eventfds)}")
+        left = tuple(each for each in self._attached.eventfds if each != fd)
+        self._attach("del_eventfd", eventfds=left)
+
+    def _eventfd(self, offset: int, size: int, eventfd: Any, data: int | None) -> IoEventFd:
+        if size not in (0, 1, 2, 4, 8):
+            raise RegionError(f"an eventfd's write is 0, 1, 2, 4 or 8 bytes wide, not {size!r}")
+        self._check_inside("eventfd", offset, max(size, 1))
+        if data is not None and not 0 <= data < 1 << 8 * (size or 8):
+            raise RegionError(f"{data:#x} is not a value of {size} bytes")
+        return IoEventFd(offset, size, data, eventfd)
+
+    def add_coalescing(self, offset: int, size: int) -> None:
+        """Let writes be delivered late and together (``memory_region_add_coalescing``).
+
+        Raises:
+            RegionError: It is not an I/O region, or the range is not inside it.
+        """
+        if self._kind is not RegionKind.IO:
+            raise RegionError(f"{self!r} is not an I/O region: its writes cannot be coalesced")
+        self._check_inside("coalesced range", offset, size)
+        self._attach("add_coalescing", coalesced=(*self._attached.coalesced, (offset, size)))
+
+    def clear_coalescing(self) -> None:
+        """Take back every `add_coalescing` (``memory_region_clear_coalescing``)."""
+        self._attach("clear_coalescing", coalesced=())
+
+    def _check_inside(self, what: str, offset: int, size: int) -> None:
+        if offset < 0 or size <= 0 or offset + size > self._size:
+            raise RegionError(f"{what} [{offset:#x}, {offset + size:#x}) is not inside {self!r}")
+
+    def _attach(self, what: str, **changes: Any) -> None:
+        old = self._attached
+        new = evolve(old, **changes)
+
+        def apply(attached: Attached = new) -> None:
+            self._attached = attached
+
+        change(self, what, apply, lambda: apply(old), before=old)
+
     # ---- the machinery of a change -------------------------------------------
 
     def _place(self, child: MemoryRegion, rank: int | None = None) -> None:
@@ -614,9 +717,6 @@ class MemoryRegion:
 
     def _detach_owner(self, owner: TreeOwner) -> None:
         self._owners = tuple(each for each in self._owners if each is not owner)
-
-
-_BACKED = (RegionKind.RAM, RegionKind.ROM, RegionKind.ROM_DEVICE)
 
 
 def _check_region(region: object, what: str) -> None:

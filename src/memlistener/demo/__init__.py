@@ -6,6 +6,7 @@ windows   the kinds of change: split, move, device, rom, code
 scripted  the same guest as a script, for machines without KVM
 scenario  the machine and the transactions: start reading here
 report    what came of it, as a record, a table and JSON
+progress  how it shows that it is getting on
 command   the command line
 ========  ====================================================================
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import signal
 from collections.abc import Callable
@@ -10,40 +9,39 @@ from collections.abc import Callable
 import click
 import trio
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
 
 from memlistener import kvm
 from memlistener.demo import scenario
 from memlistener.demo.guest import CPUS, MAX_VCPUS
+from memlistener.demo.progress import Display
 from memlistener.demo.report import Result
 from memlistener.demo.windows import KINDS
 
 _SECONDS = 5.0
-_PLAIN_EVERY = 2.0  # seconds between two lines of progress where there is no terminal
 
-_MODES = "\n".join(f"  {name:<7} {kind.summary}" for name, kind in KINDS.items())
-
-
-@click.command(
-    help=f"""Run a guest while its memory map changes under it.
-
-    The guest reads, writes and executes memory that the host splits, merges,
-    moves and hides in transactions, back to back. It checks every value.
-
-    \b
-    Modes:
-      all     every one of these in turn
-    {_MODES.replace(chr(10), chr(10) + "    ").removeprefix("  ").replace("    ", "    ")}
-
-    \b
-    Exit status:
-      0       every access found its memory and its value
-      1       some found a hole or a wrong value, or KVM gave up
-      2       wrong usage, or something needed is missing
-      130     interrupted
-    """
+_HELP = "\n".join(
+    [
+        "Run a guest while its memory map changes under it.",
+        "",
+        "The guest reads, writes and executes memory that transactions, back to back, split, "
+        "merge, move and hide. It checks every value that it meets.",
+        "",
+        "\b",
+        "Modes:",
+        "  all     all of these in turn",
+        *(f"  {name:<7} {kind.summary}" for name, kind in KINDS.items()),
+        "",
+        "\b",
+        "Exit status:",
+        "  0       every access found its memory and its value",
+        "  1       the guest saw a torn map, or got nowhere",
+        "  2       wrong usage, or something needed is missing",
+        "  130     interrupted",
+    ]
 )
+
+
+@click.command(help=_HELP)
 @click.option(
     "--mode",
     type=click.Choice(["all", *KINDS]),
@@ -75,7 +73,7 @@ _MODES = "\n".join(f"  {name:<7} {kind.summary}" for name, kind in KINDS.items()
 @click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),
-    help=f"Stop after this time.  [default: {_SECONDS:g}, or none with --transactions]",
+    help=f"Stop after this time.  [default: {_SECONDS:g}; none with --transactions]",
 )
 @click.option(
     "--transactions",
@@ -97,11 +95,13 @@ def demo(
     as_json: bool,
 ) -> None:
     """Run the scenario, show how it goes, print what came of it."""
-    errors = Console(stderr=True)
     if not fake:
         available = kvm.available()
         if not available:
-            _say(errors, f"No KVM here, so scripted vCPUs on a fake kernel: {available.reason}")
+            click.echo(
+                f"KVM cannot be used, so scripted vCPUs on a fake kernel run: {available.reason}",
+                err=True,
+            )
             fake = True
     options = scenario.Options(
         seconds=_SECONDS if seconds is None and transactions is None else seconds,
@@ -112,33 +112,31 @@ def demo(
         cpu=cpu,
         fake=fake,
     )
-    with _Display(errors, options) as display:
+    with Display(Console(stderr=True), options) as display:
         result = trio.run(_run_until_signalled, options, display.update)
     if as_json:
         click.echo(json.dumps(result.as_json(), indent=2))
     else:
-        output = Console()
+        output = Console(highlight=False)
+        output.print(result.heading, style="bold")
         output.print(result.as_table())
-        output.print(result.verdict, style="red" if result.exit_status else "green")
+        output.print(result.verdict, style="green" if not result.exit_status else "red")
     context.exit(result.exit_status)
 
 
 async def _run_until_signalled(
     options: scenario.Options, progress: Callable[[Result], object]
 ) -> Result:
-    """Run the scenario; SIGINT and SIGTERM end it in good order."""
+    """Run the scenario; Ctrl-C and SIGTERM end it in good order, with its result."""
     stop = trio.Event()
 
     async def watch() -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            nursery_ready.set()
-            async for _ in signals:
-                stop.set()
+        async for _ in signals:
+            stop.set()
 
-    nursery_ready = trio.Event()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
-        await nursery_ready.wait()
-        result = await scenario.run(options, progress, stop)
-        nursery.cancel_scope.cancel()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            result = await scenario.run(options, progress, stop)
+            nursery.cancel_scope.cancel()
     return result

@@ -90,6 +90,15 @@ class Result:
         return 1 if self.torn or self.stuck else 0
 
     @property
+    def heading(self) -> str:
+        """What was run, in a line."""
+        where = "KVM" if self.backend == "kvm" else "a fake kernel"
+        return (
+            f"{', '.join(self.changes)} · {_count(len(self.passes), 'vCPU')} on {where} · "
+            f"{self.cpu} · policy {self.policy}"
+        )
+
+    @property
     def verdict(self) -> str:
         """The outcome in a sentence."""
         if self.torn:
@@ -97,9 +106,7 @@ class Result:
             if self.policy == "never":
                 text += " Nothing held its vCPUs: this is what a bracket prevents."
             if self.holes and not self.wrong_values:
-                text += (
-                    " (No value was wrong only because memlistener answered for the missing slots.)"
-                )
+                text += " No value was wrong, since memlistener answered for the missing memslots."
         elif self.stuck:
             text = f"No verdict: {_vcpus(self.stuck)} did not get through the table once."
         else:
@@ -121,18 +128,10 @@ class Result:
 
     def as_table(self) -> Table:
         """All of it for people."""
-        table = Table(
-            title=(
-                f"{', '.join(self.changes)} under {_count(len(self.passes), 'vCPU')}"
-                f" · {self.cpu} · policy {self.policy}"
-            ),
-            title_justify="left",
-            title_style="bold",
-        )
-        table.add_column("", no_wrap=True)
-        table.add_column("", justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        table.show_header = False
+        table = Table(show_header=False)
+        table.add_column("what", no_wrap=True)
+        table.add_column("how many", justify="right", no_wrap=True)
+        table.add_column("unit", no_wrap=True)
         rows = (self._work_rows(), self._failure_rows(), self._wait_rows(), self._guest_rows())
         for section in rows:
             for name, value, unit, bad in section:

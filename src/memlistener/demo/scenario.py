@@ -127,7 +127,8 @@ async def run(
                 nursery.start_soon(guest.run)
             nursery.start_soon(tally.report, progress)
             with trio.CancelScope() as enough:
-                nursery.start_soon(tally.wait_for, stop or trio.Event(), enough)
+                if stop is not None:
+                    nursery.start_soon(tally.wait_for, stop, enough)
                 if options.seconds is not None:
                     enough.deadline = trio.current_time() + options.seconds
                 await _transactions(memory, windows, tally)
@@ -135,8 +136,9 @@ async def run(
             if not tally.interrupted:
                 with trio.move_on_after(_PATIENCE):
                     await _last_passes(guests)
+            result = tally.result()
             nursery.cancel_scope.cancel()
-        return tally.result()
+        return result
 
 
 def _map_fixed_memory(system: MemoryRegion, cpu: Cpu, work: tuple[Work, ...]) -> None:
@@ -159,9 +161,7 @@ async def _transactions(memory: MemorySystem, windows: list[Window], tally: _Tal
 async def _last_passes(guests: list[_Guest]) -> None:
     """Wait until each guest has checked the final map."""
     goals = [guest.mailbox.passes + _LAST_PASSES for guest in guests]
-    while any(
-        guest.mailbox.passes < goal for guest, goal in zip(guests, goals, strict=True)
-    ):
+    while any(guest.mailbox.passes < goal for guest, goal in zip(guests, goals, strict=True)):
         await trio.sleep(0.001)
 
 
@@ -243,7 +243,7 @@ class _Tally:
             transactions=self.transactions,
             memslot_ioctls=now.memslot_ioctls - before.memslot_ioctls,
             brackets=now.brackets - before.brackets,
-            kicks=now.gate.kicks,
+            kicks=now.gate.kicks - before.gate.kicks,
             holes=now.holes,
             wrong_values=sum(mailbox.wrong for _, mailbox in mailboxes),
             first_wrong=tuple(

@@ -134,9 +134,7 @@ class Device(Window):
     # An access to the device is an exit, so the guest makes few of them.
     work = (
         Work(first=base, end=base + PAGE, stride=_STRIDE, own=base + _OWN),
-        Work(
-            first=base + PAGE, end=base + 2 * PAGE, stride=4 * _STRIDE, own=base + PAGE + _OWN
-        ),
+        Work(first=base + PAGE, end=base + 2 * PAGE, stride=4 * _STRIDE, own=base + PAGE + _OWN),
         Work(
             first=base + 2 * PAGE,
             end=base + 3 * PAGE,
@@ -211,9 +209,7 @@ class Code(Move):
     )
 
 
-KINDS: dict[str, type[Window]] = {
-    kind.name: kind for kind in (Split, Move, Device, Rom, Code)
-}
+KINDS: dict[str, type[Window]] = {kind.name: kind for kind in (Split, Move, Device, Rom, Code)}
 
 
 def _ram(name: str, pages: Sequence[int]) -> MemoryRegion:

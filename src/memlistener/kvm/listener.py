@@ -17,6 +17,7 @@ import errno
 import os
 import time
 
+from memlistener.address_space import AddressSpace
 from memlistener.bracket import Gate
 from memlistener.core.kinds import RegionKind
 from memlistener.errors import BrokenMemoryError, ListenerError, MemslotError
@@ -34,7 +35,6 @@ from memlistener.kvm.slots import (
     tears,
 )
 from memlistener.listener import ListenerPriority, MemoryListener, MemoryRegionSection
-from memlistener.memory import AddressSpace
 
 
 class KvmMemoryListener(MemoryListener):

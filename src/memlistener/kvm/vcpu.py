@@ -24,9 +24,9 @@ from memlistener.kvm.slots import PAGE_SIZE
 from memlistener.vcpu import Serve, VcpuRunner
 
 if TYPE_CHECKING:
+    from memlistener.address_space import AddressSpace
     from memlistener.bracket import Gate
     from memlistener.core.flatview import FlatView
-    from memlistener.memory import AddressSpace
 
 _KICKED = (errno.EINTR, errno.EAGAIN)
 

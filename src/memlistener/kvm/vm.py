@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import attrs
 import trio
 
+from memlistener.address_space import AddressSpace
 from memlistener.bracket import Gate, GateStatistics
 from memlistener.errors import KvmUnavailableError
 from memlistener.kvm import backend as kernel
@@ -15,7 +16,6 @@ from memlistener.kvm.listener import KvmMemoryListener
 from memlistener.kvm.policy import KickPolicy
 from memlistener.kvm.slots import Memslot
 from memlistener.kvm.vcpu import Vcpu, VcpuStatistics
-from memlistener.memory import AddressSpace
 
 
 @attrs.frozen

@@ -1,0 +1,141 @@
+"""Memory-wide dirty logging: the order in which listeners hear of it.
+
+What a listener does when told is its own business: the KVM listener fetches the
+kernel's bitmaps. What is here is who is told, when, and what is taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import trio
+
+from memlistener.core.dirty import DirtyClient
+from memlistener.core.kinds import LIMIT, LOG_SHIFT
+from memlistener.core.region import MemoryRegion
+from memlistener.errors import TransactionError
+from memlistener.listener import MemoryRegionSection, Registration
+
+if TYPE_CHECKING:
+    from memlistener.core.flatview import FlatRange
+    from memlistener.memory import MemorySystem
+
+_GLOBAL = 1 << DirtyClient.MIGRATION
+
+
+class DirtyLog:
+    """The memory-wide part of a `MemorySystem`'s dirty logging."""
+
+    def __init__(self, memory: MemorySystem) -> None:
+        self._memory = memory
+        self._heard: list[Registration] = []
+        self.started = False
+        self.mask = 0  # for FlatView.render: what every range of memory logs
+
+    def _registrations(self) -> list[Registration]:
+        """All of them, in ascending priority; of equals the earlier space's first."""
+        every = [each for space in self._memory._spaces for each in space._registrations]
+        return sorted(every, key=lambda each: each.priority)
+
+    async def start(self) -> None:
+        """See `MemorySystem.dirty_log_start`."""
+        memory = self._memory
+        if memory._owned():
+            raise TransactionError("dirty_log_start inside a transaction of the same task")
+        async with memory.transaction():
+            if self.started:
+                raise TransactionError("dirty logging is on already: stop it first")
+            told: list[Registration] = []
+            with trio.CancelScope(shield=True):
+                try:
+                    for each in self._registrations():
+                        await each.tell("log_global_start")
+                        told.append(each)
+                    memory._pending.journal.append(self._off)
+                    self._on()
+                    await memory._commit()
+                except BaseException as error:
+                    await memory._recover(error, _nothing, lambda: _stop(told))
+                    raise
+                memory._pending.forget()
+
+    async def stop(self) -> None:
+        """See `MemorySystem.dirty_log_stop`."""
+        memory = self._memory
+        if memory._owned():
+            raise TransactionError("dirty_log_stop inside a transaction of the same task")
+        async with memory.transaction():
+            if not self.started:
+                raise TransactionError("dirty logging is not on")
+            with trio.CancelScope(shield=True):
+                memory._pending.journal.append(self._on)
+                self._off()
+                await memory._commit()
+                memory._pending.forget()
+                await _stop(self._registrations())
+
+    def _on(self) -> None:
+        self._set(True)
+
+    def _off(self) -> None:
+        self._set(False)
+
+    def _set(self, started: bool) -> None:
+        self.started = started
+        self.mask = _GLOBAL << LOG_SHIFT if started else 0
+        for space in self._memory._spaces:
+            self._memory._pending.damage(space, 0, LIMIT)
+
+    async def sync(self, region: MemoryRegion | None) -> None:
+        """See `MemorySystem.dirty_log_sync`."""
+        await self._memory._acquire("dirty_log_sync")
+        try:
+            with trio.CancelScope(shield=True):
+                registrations = self._registrations()
+                for each in registrations:
+                    if "log_sync_global" in each.hooks:
+                        await each.tell("log_sync_global")
+                    elif "log_sync" in each.hooks:
+                        for logged in _logged(each, region):
+                            section = MemoryRegionSection.of(each.space, logged)
+                            await each.tell("log_sync", section)
+                if region is None:
+                    for each in registrations:
+                        await each.tell("log_global_after_sync")
+        finally:
+            self._memory._lock.release()
+
+    async def clear(self, region: MemoryRegion, offset: int, size: int) -> None:
+        """See `MemorySystem.dirty_log_clear`."""
+        await self._memory._acquire("dirty_log_clear")
+        try:
+            with trio.CancelScope(shield=True):
+                for each in self._registrations():
+                    if "log_clear" not in each.hooks:
+                        continue
+                    for shown in each.space._view:
+                        low = max(offset, shown.offset)
+                        high = min(offset + size, shown.offset + shown.size)
+                        if shown.region is region and low < high:
+                            section = MemoryRegionSection.of(each.space, shown)
+                            await each.tell("log_clear", section.clipped(low, high))
+        finally:
+            self._memory._lock.release()
+
+
+def _logged(registration: Registration, region: MemoryRegion | None) -> Iterator[FlatRange]:
+    return (
+        each
+        for each in registration.space._view
+        if each.dirty_log_mask and (region is None or each.region is region)
+    )
+
+
+async def _stop(registrations: list[Registration]) -> None:
+    for each in reversed(registrations):
+        await each.tell("log_global_stop")
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,434 @@
+"""`VcpuRunner` over a toy: the thread, its outcomes, and what cancellation does to them."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+import trio
+import trio.testing
+
+from memlistener.bracket import Gate
+from memlistener.errors import VcpuBusyError
+from memlistener.vcpu import Serve, VcpuRunner
+
+LONG_ENOUGH = 10.0
+
+SPIN = object()
+"""A step that stays inside until kicked, and is then tried again."""
+
+LINGER = object()
+"""A step that stays inside until kicked, and exits all the same: with the next step."""
+
+
+class Toy:
+    """Takes one step after the other; when there are no more, the outcome is ``"end"``.
+
+    A step is `SPIN`, `LINGER`, or an exit: an exception is raised by
+    ``enter``, a function is called by ``handle`` for the outcome, anything else
+    is the outcome.
+    """
+
+    def __init__(self, *steps: object) -> None:
+        self.steps = deque(steps)
+        self.inside = threading.Event()
+        self.kicked = threading.Event()
+        self.kicks = 0
+        self.threads: set[int] = set()
+
+    def enter(self) -> bool:
+        self.threads.add(threading.get_ident())
+        step = self.steps[0] if self.steps else "end"
+        if step is SPIN or step is LINGER:
+            self.inside.set()
+            assert self.kicked.wait(LONG_ENOUGH)
+            self.inside.clear()
+            if step is SPIN:
+                return True
+            self.steps.popleft()
+            step = self.steps[0]
+        if isinstance(step, BaseException):
+            self.steps.popleft()
+            raise step
+        return False
+
+    def handle(self) -> object:
+        self.threads.add(threading.get_ident())
+        step = self.steps.popleft() if self.steps else "end"
+        return step() if callable(step) else step
+
+    def kick(self) -> None:
+        self.kicks += 1
+        self.kicked.set()
+
+    def clear_kick(self) -> None:
+        self.kicked.clear()
+
+    def describe(self) -> str:
+        return "toying"
+
+    async def wait_inside(self) -> None:
+        """Wait until it is inside, in `SPIN` or `LINGER`."""
+        assert await trio.to_thread.run_sync(self.inside.wait, LONG_ENOUGH)
+
+
+Make = Callable[..., tuple[Toy, VcpuRunner]]
+
+
+def vcpu_threads() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.startswith("vcpu ")]
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    yield
+    assert vcpu_threads() == []
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+async def make(gate: Gate) -> AsyncIterator[Make]:
+    """Makes runners, all of which are closed afterwards."""
+    runners: list[VcpuRunner] = []
+
+    def _make(*steps: object) -> tuple[Toy, VcpuRunner]:
+        toy = Toy(*steps)
+        runners.append(VcpuRunner(f"vcpu {len(runners)}", toy, gate))
+        return toy, runners[-1]
+
+    yield _make
+    with trio.fail_after(LONG_ENOUGH):
+        for runner in runners:
+            await runner.aclose()
+
+
+async def run_and_cancel(runner: VcpuRunner, reached: Callable[[], Awaitable[object]]) -> object:
+    """Run, and cancel it once ``reached`` is; what ``run`` raised, if not Cancelled."""
+    raised: BaseException | None = None
+
+    async def run() -> None:
+        nonlocal raised
+        try:
+            await runner.run()
+        except trio.Cancelled:
+            raise
+        except BaseException as error:
+            raised = error
+
+    with trio.fail_after(LONG_ENOUGH):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await reached()
+            nursery.cancel_scope.cancel()
+    assert not runner.running
+    return raised
+
+
+# ---- outcomes --------------------------------------------------------------------------------
+
+
+async def test_outcomes_in_order(make: Make) -> None:
+    """Each run returns the next outcome; what handle() sees to itself does not end it."""
+    toy, runner = make("first", lambda: None, lambda: None, "second", False)
+    assert await runner.run() == "first"
+    assert await runner.run() == "second"
+    assert await runner.run() is False
+    assert await runner.run() == "end"
+    assert len(toy.threads) == 1
+    assert toy.threads.isdisjoint({threading.get_ident()})
+
+
+async def test_run_is_a_checkpoint(make: Make) -> None:
+    """A run in a cancelled scope is cancelled, and loses nothing."""
+    _, runner = make("first")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await runner.run()
+    assert scope.cancelled_caught
+    assert await runner.run() == "first"
+
+
+async def test_serve_is_awaited_in_the_task(make: Make) -> None:
+    """An access for trio is served by the task in run(), and the guest goes on."""
+    served: list[object] = []
+
+    async def serve() -> None:
+        await trio.lowlevel.checkpoint()
+        served.append(trio.lowlevel.current_task())
+
+    _, runner = make(Serve(serve), Serve(serve), "out")
+    assert await runner.run() == "out"
+    assert served == [trio.lowlevel.current_task()] * 2
+
+
+async def test_a_handler_that_raises(make: Make) -> None:
+    """The handler's error leaves run(); the next run serves the access again, then goes on."""
+    attempts: list[str] = []
+
+    async def serve() -> None:
+        await trio.lowlevel.checkpoint()
+        attempts.append("served")
+        if len(attempts) < 3:
+            raise LookupError(str(len(attempts)))
+
+    toy, runner = make(Serve(serve), "out")
+    for number in "12":
+        with pytest.raises(LookupError, match=number):
+            await runner.run()
+        assert not runner.running
+        assert list(toy.steps) == ["out"]
+    assert await runner.run() == "out"
+    assert len(attempts) == 3
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
+async def test_enter_raises(make: Make, error: BaseException) -> None:
+    """What enter() raises comes out of run(), and the vCPU can be run again."""
+    _, runner = make(error, "out")
+    with pytest.raises(type(error)) as caught:
+        await runner.run()
+    assert caught.value is error
+    assert await runner.run() == "out"
+
+
+async def test_handle_raises(make: Make) -> None:
+    """What handle() raises comes out of run(), and the vCPU can be run again."""
+
+    def fail() -> object:
+        raise ZeroDivisionError
+
+    _, runner = make(fail, "out")
+    with pytest.raises(ZeroDivisionError):
+        await runner.run()
+    assert await runner.run() == "out"
+
+
+# ---- cancellation -----------------------------------------------------------------------------
+
+
+async def test_b9_cancelled_in_guest(make: Make, gate: Gate) -> None:
+    """B9: cancelling run() kicks the vCPU out; the next run goes on where it was."""
+    toy, runner = make(SPIN, "out")
+    for _ in range(3):
+        assert await run_and_cancel(runner, toy.wait_inside) is None
+        assert gate.statistics().vcpus_inside == 0
+    assert toy.kicks >= 3
+    toy.steps.popleft()
+    assert await runner.run() == "out"
+
+
+async def test_cancelled_in_handler(make: Make) -> None:
+    """A handler that is cancelled is called again by the next run."""
+    started = trio.Event()
+    calls = 0
+
+    async def serve() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            started.set()
+            await trio.sleep_forever()
+
+    toy, runner = make(Serve(serve), "out")
+    assert await run_and_cancel(runner, started.wait) is None
+    assert toy.kicks == 0  # it was not inside
+    assert await runner.run() == "out"
+    assert calls == 2
+
+
+async def test_cancelled_while_an_outcome_comes_in(make: Make) -> None:
+    """An outcome that comes in during cancellation is returned by the next run."""
+    toy, runner = make(LINGER, "outcome", "next")
+    assert await run_and_cancel(runner, toy.wait_inside) is None
+    assert list(toy.steps) == ["next"]
+    assert await runner.run() == "outcome"
+    assert await runner.run() == "next"
+
+
+async def test_cancelled_while_an_access_comes_in(make: Make) -> None:
+    """An access that comes in during cancellation is served by the next run, once."""
+    calls = 0
+
+    async def serve() -> None:
+        nonlocal calls
+        calls += 1
+
+    toy, runner = make(LINGER, Serve(serve), "out")
+    assert await run_and_cancel(runner, toy.wait_inside) is None
+    assert calls == 0
+    assert await runner.run() == "out"
+    assert calls == 1
+
+
+async def test_cancelled_while_an_exception_comes_in(make: Make) -> None:
+    """An exception that comes in during cancellation leaves that run: it is not lost."""
+    error = ValueError("not lost")
+    toy, runner = make(LINGER, error, "out")
+    assert await run_and_cancel(runner, toy.wait_inside) is error
+    assert await runner.run() == "out"
+
+
+async def test_b9_cancelled_at_the_gate(make: Make, gate: Gate) -> None:
+    """B9: a vCPU that waits at a held gate can be cancelled."""
+    toy, runner = make("out")
+    async with gate.holding():
+        assert await run_and_cancel(runner, trio.testing.wait_all_tasks_blocked) is None
+        assert toy.threads == set()
+    assert await runner.run() == "out"
+
+
+# ---- misuse -----------------------------------------------------------------------------------
+
+
+async def test_run_twice(make: Make) -> None:
+    """Only one task at a time runs a vCPU; the first one is not disturbed."""
+    toy, runner = make(SPIN)
+
+    async def second() -> None:
+        await toy.wait_inside()
+        assert runner.running
+        with pytest.raises(VcpuBusyError, match="vcpu 0 is already run"):
+            await runner.run()
+        assert toy.inside.is_set()
+
+    assert await run_and_cancel(runner, second) is None
+
+
+async def test_check_idle(make: Make) -> None:
+    """State is out of bounds while the guest runs, and not in a handler or between runs."""
+
+    async def serve() -> None:
+        runner.check_idle("in a handler")
+
+    toy, runner = make(
+        Serve(serve), lambda: runner.check_idle("on the vCPU's own thread"), SPIN
+    )
+    runner.check_idle("before")
+
+    async def while_it_runs() -> None:
+        await toy.wait_inside()
+        with pytest.raises(VcpuBusyError, match="peeking while vcpu 0 runs"):
+            runner.check_idle("peeking")
+
+    assert await run_and_cancel(runner, while_it_runs) is None
+    assert list(toy.steps) == [SPIN]
+    runner.check_idle("after")
+    await runner.aclose()
+    with pytest.raises(trio.ClosedResourceError, match="vcpu 0 is closed"):
+        runner.check_idle("afterwards")
+
+
+# ---- the end -----------------------------------------------------------------------------------
+
+
+async def test_closed_while_in_guest(make: Make, gate: Gate) -> None:
+    """Closing a running vCPU raises ClosedResourceError in its run(); its thread ends."""
+    toy, runner = make(SPIN)
+
+    async def close() -> None:
+        await toy.wait_inside()
+        await runner.aclose()
+        assert vcpu_threads() == []
+
+    assert isinstance(await run_and_cancel(runner, close), trio.ClosedResourceError)
+    assert gate.statistics().vcpus == 0
+    with pytest.raises(trio.ClosedResourceError):
+        await runner.run()
+
+
+async def test_closed_while_in_handler(make: Make) -> None:
+    """Closing a vCPU whose handler is under way waits for nothing; run() then raises."""
+    started, go = trio.Event(), trio.Event()
+
+    async def serve() -> None:
+        started.set()
+        await go.wait()
+
+    _, runner = make(Serve(serve))
+
+    async def close() -> None:
+        await started.wait()
+        await runner.aclose()
+        go.set()
+        await trio.testing.wait_all_tasks_blocked()
+
+    assert isinstance(await run_and_cancel(runner, close), trio.ClosedResourceError)
+
+
+async def test_b10_closed_at_the_gate(make: Make, gate: Gate) -> None:
+    """B10: a vCPU can be closed while the gate is held."""
+    toy, runner = make("out")
+
+    async def close() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        await runner.aclose()
+
+    async with gate.holding():
+        assert isinstance(await run_and_cancel(runner, close), trio.ClosedResourceError)
+    assert toy.threads == set()
+
+
+async def test_close_is_shielded(make: Make) -> None:
+    """A cancelled aclose() still ends the thread."""
+    _, runner = make()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await runner.aclose()
+    assert vcpu_threads() == []
+
+
+async def test_close_twice(make: Make) -> None:
+    """aclose() again does nothing."""
+    _, runner = make()
+    await runner.aclose()
+    await runner.aclose()
+
+
+@pytest.mark.parametrize("steps", [(), (SPIN,)], ids=["idle", "running"])
+def test_two_tasks_close(steps: tuple[object, ...]) -> None:
+    """Two tasks may close a vCPU at the same time, and both come back."""
+
+    async def main() -> None:
+        toy = Toy(*steps)
+        runner = VcpuRunner("closed twice", toy, Gate())
+        async with trio.open_nursery() as nursery:
+            if steps:
+
+                async def run() -> None:
+                    with pytest.raises(trio.ClosedResourceError):
+                        await runner.run()
+
+                nursery.start_soon(run)
+                await toy.wait_inside()
+            nursery.start_soon(runner.aclose)
+            nursery.start_soon(runner.aclose)
+
+    # In a thread: aclose() is shielded, so nothing else bounds it.
+    thread = threading.Thread(target=trio.run, args=(main,), daemon=True)
+    thread.start()
+    thread.join(LONG_ENOUGH)
+    assert not thread.is_alive()
+
+
+async def test_48_at_once(make: Make, gate: Gate) -> None:
+    """48 vCPUs run at the same time, are held, and stop: no thread limit is in the way."""
+    toys, runners = zip(*(make(SPIN) for _ in range(48)), strict=True)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for runner in runners:
+                nursery.start_soon(runner.run)
+            for toy in toys:
+                while not toy.inside.is_set():
+                    await trio.lowlevel.checkpoint()
+            assert gate.statistics().vcpus_inside == 48
+            async with gate.holding():
+                assert gate.statistics().vcpus_inside == 0
+            nursery.cancel_scope.cancel()
+    assert len({ident for toy in toys for ident in toy.threads}) == 48

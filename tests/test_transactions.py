@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from memlistener import (
+    DirtyClient,
     FlatView,
     MemoryListener,
     MemoryRegion,
@@ -38,6 +39,11 @@ class Machine:
         self.ram = MemoryRegion.ram("ram", 0x2000)
         self.flash = MemoryRegion.rom_device("flash", 0x1000, None)
         self.window = MemoryRegion.alias("window", self.ram, offset=0x1000, size=0x1000)
+        self.eventfd = object()
+        self.device = io("device")
+        self.device.add_eventfd(0x10, 4, self.eventfd)
+        self.device.add_coalescing(0x40, 0x10)
+        self.root.add_subregion(0x3000, self.device)
         self.root.add_subregion(0, self.ram)
         self.root.add_subregion(0x4000, self.flash)
         self.root.add_subregion(0x8000, self.window)
@@ -47,7 +53,7 @@ class Machine:
 
     @property
     def regions(self) -> list[MemoryRegion]:
-        return [self.root, self.ram, self.flash, self.window, self.dma_root]
+        return [self.root, self.ram, self.device, self.flash, self.window, self.dma_root]
 
     async def listen(self, *, dma: bool = False) -> RecordingListener:
         listener = RecordingListener()
@@ -88,14 +94,22 @@ MUTATORS: dict[str, Callable[[Machine], None]] = {
     "set_unmergeable": lambda m: m.ram.set_unmergeable(True),
     "set_romd_mode": lambda m: m.flash.set_romd_mode(False),
 }
+# Those that change what hangs on a region, and not what shows.
+ATTACHMENTS: dict[str, Callable[[Machine], None]] = {
+    "set_log": lambda m: m.ram.set_log(True, DirtyClient.VGA),
+    "add_eventfd": lambda m: m.device.add_eventfd(0, 4, object()),
+    "del_eventfd": lambda m: m.device.del_eventfd(0x10, 4, m.eventfd),
+    "add_coalescing": lambda m: m.device.add_coalescing(0x20, 0x10),
+    "clear_coalescing": lambda m: m.device.clear_coalescing(),
+}
 each_mutator = pytest.mark.parametrize("mutate", MUTATORS.values(), ids=MUTATORS.keys())
 
 
 def test_all_mutators_of_the_machine_are_here() -> None:
     """T11: a mutator that is added to MemoryRegion has to be added above."""
-    prefixes = ("set_", "add_", "del_")
+    prefixes = ("set_", "add_", "del_", "clear_")
     public = {name for name in dir(MemoryRegion) if name.startswith(prefixes)}
-    assert public == set(MUTATORS)
+    assert public == {*MUTATORS, *ATTACHMENTS}
 
 
 # ---- T1: nesting --------------------------------------------------------------------
@@ -334,7 +348,11 @@ async def test_changes_that_nobody_can_see(machine: Machine) -> None:
 # ---- T11: live trees change in transactions only ---------------------------------------------
 
 
-@each_mutator
+@pytest.mark.parametrize(
+    "mutate",
+    [*MUTATORS.values(), *ATTACHMENTS.values()],
+    ids=[*MUTATORS, *ATTACHMENTS],
+)
 async def test_a_live_tree_outside_a_transaction(
     machine: Machine, mutate: Callable[[Machine], None]
 ) -> None:

@@ -11,7 +11,7 @@ from memlistener.core.ioeventfd import Attached
 from memlistener.core.ops import UNSPECIFIED, MemTxAttrs, MemTxResult
 from memlistener.core.region import MemoryRegion
 from memlistener.errors import RegionError, UnassignedAccessError
-from memlistener.listener import Hook, MemoryListener, Registration
+from memlistener.listener import Hook, MemoryListener, Registration, hooks_by_name
 
 if TYPE_CHECKING:
     from memlistener.memory import MemorySystem
@@ -33,6 +33,7 @@ class AddressSpace:
         self._unassigned_raises = unassigned_raises
         self._registrations: list[Registration] = []
         self._hooks: dict[str, tuple[Hook, ...]] = {}  # by name, in ascending priority
+        self._has_async_hooks = False
         self._view = FlatView()
         self._view_root: MemoryRegion | None = None  # what it was rendered from (F7)
         self._unassigned = 0
@@ -148,6 +149,13 @@ class AddressSpace:
             raise RegionError(
                 f"[{addr:#x}, {addr + size:#x}) is not within the 64 bits of {self._name!r}"
             )
+
+    def _set_hooks(self) -> None:
+        """The registrations changed."""
+        self._hooks = hooks_by_name(self._registrations)
+        self._has_async_hooks = any(
+            hook.is_async for hooks in self._hooks.values() for hook in hooks
+        )
 
     # ---- TreeOwner ----------------------------------------------------------------
 

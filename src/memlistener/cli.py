@@ -28,10 +28,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
         command = _command()
     except ModuleNotFoundError as error:
-        if error.name not in ("click", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("click", "rich"):
             raise
         print(
-            f"memlistener: the command needs {error.name}: pip install 'memlistener[cli]'",
+            f"memlistener: the command needs {missing}: pip install 'memlistener[cli]'",
             file=sys.stderr,
         )
         sys.exit(_USAGE_ERROR)

@@ -104,7 +104,7 @@ class DirtyLog:
                     for each in registrations:
                         await each.tell("log_global_after_sync")
         finally:
-            self._memory._lock.release()
+            self._memory._release()
 
     async def clear(self, region: MemoryRegion, offset: int, size: int) -> None:
         """See `MemorySystem.dirty_log_clear`."""
@@ -121,7 +121,7 @@ class DirtyLog:
                             section = MemoryRegionSection.of(each.space, shown)
                             await each.tell("log_clear", section.clipped(low, high))
         finally:
-            self._memory._lock.release()
+            self._memory._release()
 
 
 def _logged(registration: Registration, region: MemoryRegion | None) -> Iterator[FlatRange]:

@@ -22,6 +22,7 @@ One transaction at a time: a second task waits its turn, in order of arrival.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 
@@ -39,7 +40,6 @@ from memlistener.errors import BrokenMemoryError, ListenerError, TransactionErro
 from memlistener.listener import (
     MemoryListener,
     Registration,
-    hooks_by_name,
     insert_in_order,
 )
 from memlistener.pending import Pending
@@ -55,6 +55,7 @@ class MemorySystem:
     def __init__(self) -> None:
         self._spaces: list[AddressSpace] = []
         self._lock = trio.Lock()
+        self._owner: trio.lowlevel.Task | None = None  # who has the lock
         self._depth = 0
         self._delivering = False
         self._broken: BaseException | None = None
@@ -130,7 +131,8 @@ class MemorySystem:
         the body raises or is cancelled, what it changed is taken back.
 
         Entering is a checkpoint, and waits while another task's transaction is
-        open. Leaving is one too, and is shielded from cancellation.
+        open. Leaving is shielded from cancellation; it gives way to other tasks
+        only where a listener's hook does.
 
         Raises:
             TransactionError: Opened from inside a listener's hook.
@@ -146,9 +148,10 @@ class MemorySystem:
 
     def _owned(self) -> bool:
         """Whether the current task has the lock."""
-        owner = self._lock.statistics().owner
+        if self._owner is None:
+            return False
         try:
-            return owner is not None and owner is trio.lowlevel.current_task()
+            return self._owner is trio.lowlevel.current_task()
         except RuntimeError:  # not in trio: another thread, or no run at all
             return False
 
@@ -172,11 +175,23 @@ class MemorySystem:
             where = "a listener's hook" if self._delivering else "an open transaction"
             raise TransactionError(f"{what} inside {where} of the same task")
         await self._lock.acquire()
+        self._owner = trio.lowlevel.current_task()
         try:
             self._check_usable()
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
+
+    def _release(self) -> None:
+        self._owner = None
+        self._lock.release()
+
+    def _shield(self) -> contextlib.AbstractContextManager[object]:
+        """Rule T14. Plain hooks cannot be interrupted, and a scope costs as much as a commit."""
+        for space in self._spaces:
+            if space._has_async_hooks:
+                return trio.CancelScope(shield=True)
+        return _NO_SHIELD
 
     async def _commit(self) -> None:
         """The outermost end. The tree is final, nobody has been told."""
@@ -247,9 +262,9 @@ class MemorySystem:
             registration = Registration.of(listener, space)
             await self._replay(registration, replay(space._view), starting=True)
             insert_in_order(space._registrations, registration)
-            space._hooks = hooks_by_name(space._registrations)
+            space._set_hooks()
         finally:
-            self._lock.release()
+            self._release()
 
     async def unregister(self, listener: MemoryListener, space: AddressSpace | None = None) -> None:
         """Remove a listener, after telling it that everything goes (rule T8).
@@ -282,9 +297,9 @@ class MemorySystem:
             where = registration.space
             await self._replay(registration, replay_reversed(where._view), starting=False)
             where._registrations.remove(registration)
-            where._hooks = hooks_by_name(where._registrations)
+            where._set_hooks()
         finally:
-            self._lock.release()
+            self._release()
 
     async def _replay(
         self, registration: Registration, events: list[Event], *, starting: bool
@@ -356,6 +371,9 @@ class MemorySystem:
         await self._dirty_log.clear(region, offset, size)
 
 
+_NO_SHIELD = contextlib.nullcontext()
+
+
 def _nothing() -> None:
     pass
 
@@ -393,8 +411,8 @@ class Transaction:
         try:
             if exc is not None:
                 memory._pending.rollback(self._mark)
-            elif self._outermost:
-                with trio.CancelScope(shield=True):
+            elif self._outermost and memory._pending.damaged:
+                with memory._shield():
                     await memory._commit()
         except BaseException as error:
             if memory._broken is None and exc is not None:
@@ -404,4 +422,4 @@ class Transaction:
             memory._depth -= 1
             if self._outermost:
                 memory._pending.forget()
-                memory._lock.release()
+                memory._release()

@@ -110,6 +110,11 @@ class Pending:
         self._before: dict[MemoryRegion, Attached] = {}
         self._limbo = Limbo(memory)
 
+    @property
+    def damaged(self) -> bool:
+        """Whether anything may have changed that somebody sees."""
+        return bool(self._damage or self._attached)
+
     def damage(self, space: AddressSpace, low: int, high: int) -> None:
         """[low, high) of ``space`` may look different."""
         windows = self._damage.get(space)
@@ -148,8 +153,6 @@ class Pending:
         Raises:
             RegionError: The tree cannot be rendered: an alias shows itself.
         """
-        if not self._damage and not self._attached:
-            return []
         found: list[SpaceChange] = []
         views = _Views(spaces, self._damage, log_mask)
         attached = AttachedDiff(self._before)
@@ -163,7 +166,7 @@ class Pending:
                 if events and "region_nop" in space._hooks:
                     events = diff(old, new, nops=True)
             eventfds: list[Event] = []
-            stayed = self._stayed(space, new, events)
+            stayed = self._stayed(space, new, events) if self._attached else []
             if stayed or any(each.range.region._attached is not NOTHING for each in events):
                 eventfds = attached.eventfds(events, stayed)
                 events = attached.coalesced(events, stayed)
@@ -175,9 +178,7 @@ class Pending:
         self, space: AddressSpace, new: FlatView, events: Sequence[Event]
     ) -> list[FlatRange]:
         """Ranges in both views of regions whose attachments changed."""
-        windows = self._attached.get(space)
-        if not windows:
-            return []
+        windows = self._attached.get(space, ())
         moved = {id(each.range) for each in events if not each.is_delete}
         stayed: dict[FlatRange, None] = {}
         for low, high in windows:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from memlistener.core.change import Chain, same_chain
 from memlistener.core.diff import Event, diff
@@ -29,6 +29,8 @@ from memlistener.core.kinds import (
 )
 from memlistener.core.region import MemoryRegion
 from memlistener.core.render import Piece, render
+
+T = TypeVar("T")
 
 # Ranges in a full chunk. Replacing a range copies one chunk of this size and a
 # list of len(view) / this: at 256 both stay small up to a million ranges.
@@ -227,10 +229,13 @@ class FlatView:
             T5), without a word on ranges that stay. Where nothing differs the
             view is ``self``.
         """
+        union = _union(windows)
+        if len(union) == 1:  # as most are
+            return self._updated(root, union, log_mask)
         view = self
         dels: list[Event] = []
         adds: list[Event] = []
-        for group in self._groups(_union(windows)):
+        for group in self._groups(union):
             view, events = view._updated(root, group, log_mask)
             for event in events:
                 (dels if event.is_delete else adds).append(event)
@@ -330,19 +335,22 @@ class FlatView:
         tail = chunks[last_chunk][last:] if last else ()
         stop = last_chunk + 1 if last else last_chunk
         middle = (*head, *new, *tail)
+        starts = (
+            *(self._starts[first_chunk][:first] if first else ()),
+            *[each[0] for each in new],
+            *(self._starts[last_chunk][last:] if last else ()),
+        )
         # A chunk that became small takes its neighbour in, so that a view which
         # shrinks does not end as many chunks of a range or two.
         if len(middle) < _CHUNK // 4 and stop < len(chunks):
             middle = (*middle, *chunks[stop])
+            starts = (*starts, *self._starts[stop])
             stop += 1
-        made = _chunked(middle)
         view = FlatView.__new__(FlatView)
-        view._chunks = chunks[:first_chunk] + made + chunks[stop:]
-        starts = [tuple([each[0] for each in chunk]) for chunk in made]
-        view._starts = self._starts[:first_chunk] + starts + self._starts[stop:]
-        view._firsts = (
-            self._firsts[:first_chunk] + [each[0] for each in starts] + self._firsts[stop:]
-        )
+        view._chunks = _replaced(chunks, first_chunk, stop, _chunked(middle))
+        all_starts = _chunked(starts)
+        view._starts = _replaced(self._starts, first_chunk, stop, all_starts)
+        view._firsts = _replaced(self._firsts, first_chunk, stop, [each[0] for each in all_starts])
         view._length = self._length - sum(map(len, chunks[first_chunk:stop])) + len(middle)
         return view
 
@@ -409,17 +417,27 @@ def _extended(left: FlatRange, right: FlatRange) -> FlatRange:
     return FlatRange(start, size + right[1], region, offset, flags, via)
 
 
-def _chunked(ranges: tuple[FlatRange, ...]) -> list[tuple[FlatRange, ...]]:
-    """``ranges`` cut into chunks, of which none is above twice the usual size."""
-    if not ranges:
+def _chunked(items: tuple[T, ...]) -> list[tuple[T, ...]]:
+    """``items`` cut into chunks, of which none is above twice the usual size."""
+    if not items:
         return []
-    if len(ranges) <= 2 * _CHUNK:
-        return [ranges]
-    return [ranges[at : at + _CHUNK] for at in range(0, len(ranges), _CHUNK)]
+    if len(items) <= 2 * _CHUNK:
+        return [items]
+    return [items[at : at + _CHUNK] for at in range(0, len(items), _CHUNK)]
+
+
+def _replaced(items: list[T], first: int, stop: int, new: list[T]) -> list[T]:
+    """A copy of ``items`` with [first, stop) replaced."""
+    copy = items.copy()
+    copy[first:stop] = new
+    return copy
 
 
 def _union(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The windows clipped to 64 bits, in order, those that touch made one."""
+    if len(windows) == 1:
+        low, high = windows[0]
+        return [(max(low, 0), min(high, LIMIT))] if low < LIMIT and high > 0 else []
     clipped = sorted(
         (max(low, 0), min(high, LIMIT)) for low, high in windows if low < LIMIT and high > 0
     )

@@ -33,8 +33,9 @@ from typing import TypeAlias
 import attrs
 
 from memlistener.core.flatview import FlatRange, FlatView
-from memlistener.core.kinds import INHERITED, LIMIT, RegionKind
+from memlistener.core.kinds import LIMIT, RegionKind
 from memlistener.core.region import MemoryRegion
+from memlistener.core.sharing import view_root
 
 Space: TypeAlias = tuple[str, MemoryRegion]
 """An address space as the printer needs it: its name and its root."""
@@ -226,37 +227,3 @@ def _range_line(each: FlatRange) -> str:
         f"  {_span(each.start, each.size)} (prio {each.region.priority}, "
         f"{nonvolatile}{range_kind(each)}): {each.region.name}{offset}"
     )
-
-
-def view_root(root: MemoryRegion) -> MemoryRegion | None:
-    """The region that ``root`` reduces to (rule F7), or None for the empty view.
-
-    A step is taken only where it changes nothing of what shows: QEMU also takes
-    those that move the map (to a target that sits elsewhere in its container)
-    or lose the read-only flag of an alias.
-    """
-    region = root
-    while region.enabled:
-        step = _whole_of(region)
-        if step is None:
-            return region
-        if step is region:  # a container in which nothing is enabled
-            return None
-        region = step
-    return None
-
-
-def _whole_of(region: MemoryRegion) -> MemoryRegion | None:
-    """What ``region`` shows all of and nothing else; itself if it shows nothing."""
-    if region.kind is RegionKind.ALIAS:
-        step = region.alias_target if region.alias_offset == 0 else None
-    elif region.kind is RegionKind.CONTAINER:
-        enabled = [each for each in region.subregions if each.enabled]
-        if not enabled:
-            return region
-        step = enabled[0] if len(enabled) == 1 else None
-    else:
-        return None
-    if step is None or step.size > region.size or step.addr != region.addr:
-        return None
-    return None if region._flags & INHERITED else step

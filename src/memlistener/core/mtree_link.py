@@ -97,36 +97,12 @@ def _claim(node: Node, section: Section) -> None:
 
 
 def _find_targets(sections: list[Section], canonical: set[Node]) -> list[Guess]:
-    """Give each canonical alias its target."""
-    targets = [section for section in sections if not section.spaces]
-    by_name: dict[str, list[int]] = {}
-    for index, section in enumerate(targets):
-        by_name.setdefault(section.name, []).append(index)
-    met = 0  # so many targets have been mentioned
+    """Give each alias its target."""
+    chooser = _Chooser([section for section in sections if not section.spaces])
     unsure: list[int] = []
-    siblings: set[tuple[int, str, int]] = set()  # (parent, alias name, target)
     for section in sections:
         for parent, node in _aliases(section.root):
-            assert node.target_name is not None
-            candidates = by_name.get(node.target_name)
-            if candidates is None:
-                raise node.source.error(
-                    f"an alias of a region with a section 'memory-region: {node.target_name}'"
-                )
-            possible = [each for each in candidates if each <= met] or candidates
-            chosen = max(
-                possible,
-                key=lambda each: (
-                    _seen(targets[each].root, node),
-                    (id(parent), node.name, each) not in siblings,
-                    each == met,
-                    -each,
-                ),
-            )
-            siblings.add((id(parent), node.name, chosen))
-            met = max(met, chosen + 1)
-            node.target = targets[chosen].root
-            if len(possible) > 1 and node in canonical:
+            if chooser.choose(section, parent, node) and node in canonical:
                 unsure.append(node.source.number)
     return [Guess(_TARGET_GUESS, tuple(unsure))] if unsure else []
 
@@ -139,13 +115,78 @@ def _aliases(root: Node) -> list[tuple[Node, Node]]:
     return sorted(found, key=lambda pair: pair[1].source.number)
 
 
-def _seen(target: Node, alias: Node) -> int:
-    """How well a target fits an alias: its kind, then how much shows through."""
+class _Chooser:
+    """Finds what each alias shows; asked for all of them in the order printed."""
+
+    def __init__(self, targets: list[Section]) -> None:
+        self._targets = targets
+        self._by_name: dict[str, list[int]] = {}
+        for index, section in enumerate(targets):
+            self._by_name.setdefault(section.name, []).append(index)
+        self._index = {section: index for index, section in enumerate(targets)}
+        self._met = 0  # so many targets have been mentioned
+        self._shows: dict[int, set[int]] = {}  # target -> the targets of its aliases
+        self._used: dict[tuple[Node, int], set[str]] = {}  # (parent, target) -> alias names
+
+    def choose(self, section: Section, parent: Node, alias: Node) -> bool:
+        """Set the target of ``alias``; whether there was a choice.
+
+        Raises:
+            MtreeError: The text has no section of that name.
+        """
+        assert alias.target_name is not None
+        candidates = self._by_name.get(alias.target_name)
+        if candidates is None:
+            raise alias.source.error(
+                f"an alias of a region with a section 'memory-region: {alias.target_name}'"
+            )
+        source = self._index.get(section)
+        # Only the next target can be one that no alias has mentioned before.
+        possible = [each for each in candidates if each <= self._met] or candidates
+        chosen = possible[0]
+        if len(possible) > 1:
+            chosen = max(possible, key=lambda each: self._fitness(source, parent, alias, each))
+        self._used.setdefault((parent, chosen), set()).add(alias.name)
+        if source is not None:
+            self._shows.setdefault(source, set()).add(chosen)
+        self._met = max(self._met, chosen + 1)
+        alias.target = self._targets[chosen].root
+        return len(possible) > 1
+
+    def _fitness(
+        self, source: int | None, parent: Node, alias: Node, target: int
+    ) -> tuple[int, ...]:
+        """What speaks for a target, the weightiest first."""
+        used = self._used.get((parent, target), set())
+        return (
+            not self._leads_to(target, source),
+            *_shown(self._targets[target].root, alias),
+            # A bridge has one window of each name, and all of them show one bus.
+            alias.name not in used,
+            bool(used),
+            target == self._met,
+            -target,
+        )
+
+    def _leads_to(self, target: int, source: int | None) -> bool:
+        """Whether aliases lead from ``target`` back to the section ``source``."""
+        seen: set[int] = set()
+        todo = [target]
+        while todo:
+            each = todo.pop()
+            if each == source:
+                return True
+            if each not in seen:
+                seen.add(each)
+                todo += self._shows.get(each, ())
+        return False
+
+
+def _shown(target: Node, alias: Node) -> tuple[bool, int]:
+    """How well a target fits an alias: in kind, and in how much shows through."""
     end = alias.offset + alias.size
     shown = sum(
-        1
+        not child.disabled and child.addr < end and alias.offset < child.addr + child.size
         for child in target.children
-        if not child.disabled and child.addr < end and alias.offset < child.addr + child.size
     )
-    fits = target.target_name is not None or target.kind == alias.kind
-    return shown + (1 << 32 if fits else 0)
+    return target.target_name is not None or target.kind == alias.kind, shown

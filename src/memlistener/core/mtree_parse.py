@@ -22,7 +22,7 @@ from memlistener.core.mtree import Space
 from memlistener.core.mtree_lines import Guess, MtreeError
 from memlistener.core.mtree_link import link
 from memlistener.core.mtree_sections import Node, Section, read_sections
-from memlistener.core.mtree_settle import settle, shown_names
+from memlistener.core.mtree_settle import settle, shown_names, wrongly_shown
 from memlistener.core.mtree_views import ParsedViews, make_region, parse_flatviews, set_place
 from memlistener.core.region import MemoryRegion
 from memlistener.errors import RegionError
@@ -65,12 +65,17 @@ def parse_mtree(text: str, views: str | None = None) -> ParsedMachine:
     sections, guesses = read_sections(text)
     roots, link_guesses = link(sections)
     guesses += link_guesses
-    builder = _Builder(shown)
-    builder.build(roots)
+    containers: set[Node] = set()  # known not to show, though something of that name does
+    while True:
+        builder = _Builder(shown, containers)
+        builder.build(roots)
+        spaces = tuple((name, _region(each.root)) for each in sections for name in each.spaces)
+        wrong = wrongly_shown(spaces, shown) if shown is not None else set()
+        nodes = {node for root in roots for node in root.walk() if node.region in wrong}
+        if nodes <= containers:
+            break
+        containers |= nodes
     guesses += builder.guesses()
-    spaces = tuple(
-        (name, _region(section.root)) for section in sections for name in section.spaces
-    )
     if shown is not None:
         guesses += settle(spaces, shown)
     return ParsedMachine(spaces, tuple(guesses), _hidden(sections))
@@ -93,14 +98,19 @@ _SHOWN_GUESS = "'i/o' that shows in a view is not a container, but may be an IOM
 _SIZE_GUESS = "sizes 0 and 1 print alike: taken as 1"
 _MAPPED_GUESS = "'ramd', a device's mapped memory, is taken as RAM"
 _READONLY_GUESS = "an alias may be read-only without saying so: taken as writable"
-_ORDER_GUESS = "of overlapping siblings of equal priority, the one that starts last is taken to show"
+_USUAL_READONLY = ("pam-rom", "ram")  # how a PC write-protects its shadowed BIOS
+_USUAL_READONLY_GUESS = "an alias of RAM that is called pam-rom is taken to be read-only"
+_ORDER_GUESS = (
+    "of overlapping siblings of equal priority, the one that starts last is taken to show"
+)
 
 
 class _Builder:
     """Makes the regions of a forest of nodes."""
 
-    def __init__(self, shown: ParsedViews | None) -> None:
+    def __init__(self, shown: ParsedViews | None, containers: set[Node]) -> None:
         self._shown = shown_names(shown) if shown is not None else None
+        self._containers = containers
         self._notes: dict[str, list[int]] = {}
 
     def guesses(self) -> list[Guess]:
@@ -110,6 +120,8 @@ class _Builder:
     def build(self, roots: list[Node]) -> None:
         nodes = [node for root in roots for node in root.walk()]
         in_space = {root for root in roots if root.is_space}
+        for node in nodes:
+            node.region = None
         for node in nodes:
             if node.target is None:
                 node.region = self._make(node, root_of_space=node in in_space)
@@ -139,7 +151,7 @@ class _Builder:
     def _decide(self, node: Node, root_of_space: bool) -> str:
         """Whether an ``i/o`` region is a container or I/O."""
         if self._shown is not None:
-            if node.name not in self._shown:
+            if node.name not in self._shown or node in self._containers:
                 return "container"  # or hidden from everywhere: the views are the same
             self._note(_SHOWN_GUESS, node)
             return "i/o"
@@ -169,7 +181,7 @@ class _Builder:
             )
             if node.size == 1:
                 self._note(_SIZE_GUESS, node)
-            if self._shown is None:
+            if self._shown is None and (node.name, node.kind) != _USUAL_READONLY:
                 self._note(_READONLY_GUESS, node)
             ready += waiting.pop(node, ())
         for left in waiting.values():
@@ -177,6 +189,9 @@ class _Builder:
 
     def _set_attributes(self, node: Node) -> None:
         region = _region(node)
+        if self._shown is None and (node.name, node.kind) == _USUAL_READONLY:
+            self._note(_USUAL_READONLY_GUESS, node)
+            region.set_readonly(True)
         if node.nonvolatile:
             region.set_nonvolatile(True)
         if node.disabled:
@@ -208,15 +223,39 @@ class _Builder:
             ends[child.priority] = max((end, start), (child.addr + child.size, child.addr))
 
 
-def _looks_like_container(node: Node, root_of_space: bool) -> bool:
-    """What is usual in QEMU's machines; measured in docs/mtree.md.
+# What QEMU's own boards and devices use these names for.
+_USUAL_CONTAINERS = {
+    "bcm2835-gpu",
+    "device-memory",
+    "e1000e-flash",
+    "gpex_ioport",
+    "gpex_mmio",
+    "memhp container",
+    "pci0-mem",
+    "pci_bridge_io",
+    "pci_io",
+    "pci_mem",
+    "platform bus",
+}
+_USUAL_IO = {
+    "gpex_ioport_window",
+    "gpex_mmio_window",
+    "pci0-io",
+    "rtc",
+    "unin-pci-isa-mmio",
+    "vga.mmio",
+}
 
-    What has children is mostly a container, except that the root of an I/O
-    space of a few ports answers for those that nobody has. What has none is
-    mostly I/O, except where it is far too large for a device's registers.
+
+def _looks_like_container(node: Node, root_of_space: bool) -> bool:
+    """What is usual in QEMU's machines.
+
+    What has children is mostly a container, except that the root of a space of
+    a few ports answers for those that nobody has. What has none is mostly I/O,
+    except where it is far too large for a device's registers.
     """
+    if node.name in _USUAL_CONTAINERS or node.name in _USUAL_IO:
+        return node.name in _USUAL_CONTAINERS
     if root_of_space and node.size <= 1 << 32:
         return False
-    return bool(node.children) or node.size > 1 << 32
-
-
+    return bool(node.children) or (node.size > 1 << 32 and node.is_target)

@@ -1,7 +1,8 @@
 """What ``info mtree -f`` says about a tree that ``info mtree`` leaves open.
 
-Two things: which ``i/o`` regions are no containers (those that show), and which
-aliases are read-only (those behind which RAM shows as ``rom``).
+Two things: which ``i/o`` regions are containers (those that would show where the
+views show something else), and which aliases are read-only (those behind which
+RAM shows as ``rom``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from memlistener.core.flatview import FlatRange, FlatView
+from memlistener.core.kinds import RegionKind
 from memlistener.core.mtree import Space, range_kind
 from memlistener.core.mtree_lines import Guess
 from memlistener.core.mtree_views import ParsedViews
@@ -18,6 +20,23 @@ from memlistener.core.region import MemoryRegion
 def shown_names(views: ParsedViews) -> frozenset[str]:
     """Names of all regions that show in some view."""
     return frozenset(each.region.name for dump in views.views for each in dump.view)
+
+
+def wrongly_shown(spaces: Sequence[Space], views: ParsedViews) -> set[MemoryRegion]:
+    """I/O regions that show in the trees where the views show something else."""
+    wrong: set[MemoryRegion] = set()
+    for _, root, view in _pairs(spaces, views):
+        for each in FlatView.render(root):
+            if each.region.kind is not RegionKind.IO or each.region in wrong:
+                continue
+            seen = view.lookup(each.start)
+            if (
+                seen is None
+                or seen.region.name != each.region.name
+                or seen.start - seen.offset != each.start - each.offset
+            ):
+                wrong.add(each.region)
+    return wrong
 
 
 def settle(spaces: Sequence[Space], views: ParsedViews) -> list[Guess]:
@@ -38,7 +57,9 @@ def settle(spaces: Sequence[Space], views: ParsedViews) -> list[Guess]:
         )
     for name, root, view in pairs:
         if not same_ranges(FlatView.render(root), view):
-            guesses.append(Guess(f"address space {name!r}: its tree does not show what its view does"))
+            guesses.append(
+                Guess(f"address space {name!r}: its tree does not show what its view does")
+            )
     return guesses
 
 
@@ -57,45 +78,47 @@ def _pairs(
 
 
 def _settle_view(root: MemoryRegion, view: FlatView, made: dict[MemoryRegion, None]) -> None:
+    """Make aliases read-only until what is read-only in ``view`` is so in the tree."""
+    ours = FlatView.render(root)
     for each in view:
-        if not each.readonly:
-            continue
         at = each.start
-        while at < each.end:
-            ours = FlatView.render(root).lookup(at)
-            if ours is None or ours.region.name != each.region.name:
-                return
-            if not ours.readonly:
-                alias = last_alias(root, at)
-                if alias is None:
-                    return
-                alias.set_readonly(True)
-                made[alias] = None
+        while each.readonly and at < each.end:
+            found = ours.lookup(at)
+            if found is None or found.region.name != each.region.name:
+                break
+            if found.readonly:
+                at = found.end
                 continue
-            at = ours.end
+            alias = _last_alias(root, at)
+            if alias is None:
+                break
+            alias.set_readonly(True)
+            made[alias] = None
+            ours = FlatView.render(root)
 
 
-def last_alias(root: MemoryRegion, addr: int) -> MemoryRegion | None:
-    """The alias nearest to the region that shows at ``addr``; None without one."""
-    path = _resolve(root, addr)
-    aliases = [each for each in path or () if each.alias_target is not None]
-    return aliases[-1] if aliases else None
+def _last_alias(root: MemoryRegion, addr: int) -> MemoryRegion | None:
+    """The alias nearest to the region that shows at ``addr`` (rule F8); None without one.
 
-
-def _resolve(region: MemoryRegion, addr: int) -> list[MemoryRegion] | None:
-    """Rule F8: the way to what shows at ``addr``; None where nothing does."""
-    offset = addr - region.addr
-    if not region.enabled or not 0 <= offset < region.size:
-        return None
-    target = region.alias_target
-    if target is not None:
-        behind = _resolve(target, offset + region.alias_offset + target.addr)
-        return None if behind is None else [region, *behind]
-    for child in region.subregions:
-        found = _resolve(child, offset)
-        if found is not None:
-            return [region, *found]
-    return [region] if region._terminates else None
+    Tries regions in order, going back where one of them shows nothing there.
+    """
+    # (region, address relative to its container, last alias, whether it is resolved)
+    stack: list[tuple[MemoryRegion, int, MemoryRegion | None, bool]] = [(root, addr, None, False)]
+    while stack:
+        region, at, alias, resolved = stack.pop()
+        if resolved:
+            return alias
+        offset = at - region.addr
+        if not region.enabled or not 0 <= offset < region.size:
+            continue
+        target = region.alias_target
+        if target is not None:
+            stack.append((target, offset + region.alias_offset + target.addr, region, False))
+            continue
+        if region.kind is not RegionKind.CONTAINER:
+            stack.append((region, at, alias, True))  # shows where no child does
+        stack += [(child, offset, alias, False) for child in reversed(region.subregions)]
+    return None
 
 
 def same_ranges(one: FlatView, two: FlatView) -> bool:

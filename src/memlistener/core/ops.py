@@ -154,12 +154,17 @@ def implement(offset: int, size: int, impl: AccessConstraints) -> list[tuple[int
         is shifted left in the access's own value. A shift is negative where the
         model's smallest access starts before the access's own first byte.
     """
-    if size < impl.min_access_size:
-        wide = impl.min_access_size
-        start = offset if impl.unaligned else offset & -wide
-        calls = [(start, wide, start - offset)]
-        if start + wide < offset + size:
-            calls.append((start + wide, wide, start + wide - offset))
-        return calls
-    step = min(size, impl.max_access_size)
-    return [(offset + at, step, at) for at in range(0, size, step)]
+    if impl.unaligned or offset % min(size, impl.max_access_size) == 0:
+        step = max(min(size, impl.max_access_size), impl.min_access_size)
+        if impl.unaligned or offset % step == 0:
+            return [(offset + at, step, at) for at in range(0, size, step)]
+    # Aligned calls, which may begin before the access and end after it.
+    calls = []
+    start = offset & -impl.min_access_size
+    while start < offset + size:
+        step = impl.max_access_size
+        while step > impl.min_access_size and (start % step or start + step > offset + size):
+            step //= 2
+        calls.append((start, step, start - offset))
+        start += step
+    return calls

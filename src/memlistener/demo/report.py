@@ -109,6 +109,10 @@ class Result:
                 text += " No value was wrong, since memlistener answered for the missing memslots."
         elif self.stuck:
             text = f"No verdict: {_vcpus(self.stuck)} did not get through the table once."
+        elif not self.transactions:
+            text = "No verdict: there was no transaction."
+        elif self.policy == "never":
+            text = "Nothing held the vCPUs, and no access happened to fall between two ioctls."
         else:
             text = "The guest saw no change at all: every access found its memory and its value."
         return f"Interrupted. {text}" if self.interrupted else text

@@ -63,7 +63,9 @@ class Options:
     )
     changes: tuple[str, ...] = attrs.field(
         default=tuple(KINDS),
-        validator=attrs.validators.deep_iterable(attrs.validators.in_(KINDS)),
+        validator=attrs.validators.deep_iterable(
+            attrs.validators.in_(KINDS), attrs.validators.min_len(1)
+        ),
     )
     policy: kvm.KickPolicy = kvm.KickPolicy.EVERY_COMMIT
     cpu: str = attrs.field(default="protected", validator=attrs.validators.in_(CPUS))

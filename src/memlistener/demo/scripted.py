@@ -33,7 +33,7 @@ class ScriptedMachine:
 
     def start(self, vcpu: kvm.Vcpu) -> None:
         """Put a vCPU at the start of its script; it must not be running."""
-        self.backend.vms[-1].vcpus[vcpu.id].load(_guest(self._work, vcpu.id))
+        self.backend.vms[-1].vcpus[vcpu.id].load(guest(self._work, vcpu.id))
 
 
 def _take_time(ioctl: Ioctl) -> None:
@@ -41,8 +41,8 @@ def _take_time(ioctl: Ioctl) -> None:
         time.sleep(_IOCTL)
 
 
-def _guest(work: Sequence[Work], vcpu_id: int) -> GuestScript:
-    """The program of `guest`, step by step."""
+def guest(work: Sequence[Work], vcpu_id: int) -> GuestScript:
+    """The script of a vCPU: the program of the module `memlistener.demo.guest`, step by step."""
     mailbox = mailbox_address(vcpu_id)
     passes = yield Read(mailbox, WORD)
     while True:

@@ -20,7 +20,7 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard src/memlistener/kvm/_build.py \
 	src/memlistener/kvm/*.h src/memlistener/kvm/*.c)
 # cffi writes this one itself.
 BUILT_FROM := $(filter-out src/memlistener/kvm/_kvm.c,$(BUILT_FROM))
-CHECKED := $(wildcard src tests benchmarks docs setup.py)
+CHECKED := $(wildcard src tests benchmarks docs/examples)
 
 .PHONY: help
 help: ## List the targets

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-from sphinx.ext.napoleon import Config, GoogleDocstring
+from sphinx.ext.napoleon import Config
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 
 import memlistener
 from memlistener import kvm, testing
@@ -31,8 +32,7 @@ pygments_style = "friendly"
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "show-inheritance": True}
-autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True}
 
 # No inventories are fetched, so types of other libraries lead nowhere.
 nitpick_ignore_regex = [
@@ -40,7 +40,7 @@ nitpick_ignore_regex = [
         "py:.*",
         r"(attr|collections|contextlib|enum|hypothesis|os|threading|trio|types|typing)\..*",
     ),
-    ("py:.*", r"(Any|Awaitable|Callable|Iterable|Iterator|Mapping|Sequence)"),
+    ("py:.*", r"(Any|Awaitable|Callable|Chain|Iterable|Iterator|Mapping|Sequence)"),
 ]
 
 # Short name -> where the API reference has it.
@@ -65,9 +65,7 @@ def resolve(app: Any, env: Any, node: Any, contnode: Any) -> Any:
         target = f"{owner}.{last}" if owner else None
     if target is not None and target != node["reftarget"]:
         domain = env.get_domain("py")
-        found = domain.resolve_xref(
-            env, node["refdoc"], app.builder, "obj", target, node, contnode
-        )
+        found = domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, contnode)
         if found is not None:
             return found
     # Not a name of the reference: a method named in passing, a word. Plain code.

@@ -81,9 +81,7 @@ class Call:
     @classmethod
     def heard(cls, heard: Heard) -> Call:
         section = heard.section
-        return cls(
-            heard.listener, heard.hook, None if section is None else section_values(section)
-        )
+        return cls(heard.listener, heard.hook, None if section is None else section_values(section))
 
 
 def section_values(section: MemoryRegionSection) -> tuple[object, ...]:

@@ -192,9 +192,7 @@ async def test_b3_all_are_kicked_before_any_is_awaited(gate: Gate, spawn: Spawn)
     log: list[str] = []
     names = "abcd"
     all_kicked = threading.Barrier(len(names))
-    guests = [
-        spawn(name, log, leaves=lambda: all_kicked.wait(LONG_ENOUGH)) for name in names
-    ]
+    guests = [spawn(name, log, leaves=lambda: all_kicked.wait(LONG_ENOUGH)) for name in names]
     for guest in guests:
         guest.start_inside()
     log.clear()

@@ -91,7 +91,9 @@ def test_table() -> None:
     """For people: what was run, the figures, the verdict."""
     done = memlistener("demo", "--fake", "--transactions", "20", "--vcpus", "1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("split, move, device, rom, code · 1 vCPU on a fake kernel")
+    assert done.stdout.startswith(
+        "1 vCPU, scripted, on a fake kernel, policy every-commit: split, move, "
+    )
     assert "transactions" in done.stdout
     assert done.stdout.endswith("every access found its memory and its value.\n")
 

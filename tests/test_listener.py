@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
 import pytest
@@ -421,6 +421,28 @@ async def test_failing_to_register(machine: Machine, fuse: int, undone: list[str
     assert len(listener.ranges) == 3
 
 
+@pytest.mark.xfail(reason="log_global_start is not taken back")
+async def test_failing_to_register_while_all_memory_logs(machine: Machine) -> None:
+    """T8, T13: log_global_start is taken back like anything else that was told."""
+    log: list[str] = []
+
+    class Logging(MemoryListener):
+        def log_global_start(self) -> None:
+            log.append("log_global_start")
+
+        def log_global_stop(self) -> None:
+            log.append("log_global_stop")
+
+        def commit(self) -> None:
+            if len(log) == 1:
+                raise Boom
+
+    await machine.memory.dirty_log_start()
+    with pytest.raises(Boom):
+        await machine.memory.register(Logging(), machine.space)
+    assert log == ["log_global_start", "log_global_stop"]
+
+
 @pytest.mark.parametrize(
     ("fuse", "undone"),
     [
@@ -466,7 +488,7 @@ async def test_one_listener_of_two_spaces(machine: Machine) -> None:
     await machine.memory.register(listener, second)
     async with machine.memory.transaction():
         machine.root.add_subregion(0, io("io"))
-    with pytest.raises(ListenerError, match="2 address spaces here: .*memory.*second"):
+    with pytest.raises(ListenerError, match=r"2 address spaces here: .*memory.*second"):
         await machine.memory.unregister(listener)
     await machine.memory.unregister(listener, machine.space)
     await machine.memory.unregister(listener)
@@ -502,12 +524,11 @@ async def test_registering_inside_a_transaction(machine: Machine) -> None:
 async def test_registering_waits_for_a_transaction(machine: Machine) -> None:
     """T8, T14: another task's transaction ends first; the replay shows what it made."""
     listener = RecordingListener()
-    async with trio.open_nursery() as nursery:
-        async with machine.memory.transaction():
-            machine.root.add_subregion(0, io("io"))
-            nursery.start_soon(machine.memory.register, listener, machine.space)
-            await trio.testing.wait_all_tasks_blocked()
-            assert listener.heard == []
+    async with trio.open_nursery() as nursery, machine.memory.transaction():
+        machine.root.add_subregion(0, io("io"))
+        nursery.start_soon(machine.memory.register, listener, machine.space)
+        await trio.testing.wait_all_tasks_blocked()
+        assert listener.heard == []
     assert listener.trace == ["begin", "region_add [0x0, 0x1000) io+0x0", "commit"]
 
 
@@ -559,20 +580,26 @@ async def test_plain_and_async_hooks_mix(machine: Machine) -> None:
     ]
 
 
+@pytest.mark.xfail(reason="dropped without a word")
 async def test_plain_hook_that_returns_an_awaitable(machine: Machine) -> None:
-    """T3: a wrapper around an async hook is awaited as the hook itself would be."""
+    """T3: such as a wrapper around an async hook: awaited or refused, but never dropped."""
     done: list[str] = []
 
-    async def work() -> None:
-        await trio.lowlevel.checkpoint()
-        done.append("commit")
+    class Work:
+        def __await__(self) -> Generator[Any, Any, None]:
+            yield from trio.lowlevel.checkpoint().__await__()
+            done.append("commit")
 
     class Wrapped(MemoryListener):
         def commit(self) -> Awaitable[None]:
-            return work()
+            return Work()
 
-    await machine.memory.register(Wrapped(), machine.space)
-    assert done == ["commit"]
+    try:
+        await machine.memory.register(Wrapped(), machine.space)
+    except ListenerError:
+        assert machine.space.listeners == ()
+    else:
+        assert done == ["commit"]
 
 
 async def test_a_listener_that_overrides_nothing(machine: Machine) -> None:
@@ -597,4 +624,3 @@ def test_hooks_of_the_base_class_are_all_dispatched() -> None:
     """T3: every public method of MemoryListener is a hook, and does nothing by itself."""
     public = {name for name in vars(MemoryListener) if not name.startswith("_")}
     assert public - {"priority"} == set(HOOKS)
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import attrs
+import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -159,7 +160,7 @@ class Machine:
     async def run(self, step: Step) -> None:
         before = snapshot(self.regions)
         old = self.truth()
-        refused = False
+        refused = raised = False
         try:
             async with self.memory.transaction():
                 self.change(step.changes)
@@ -175,9 +176,12 @@ class Machine:
                 if step.fails:
                     raise Unwanted
                 refused = not self.is_valid()
-            assert not refused
-        except (Unwanted, RegionError) as error:
-            assert isinstance(error, Unwanted) or refused
+        except Unwanted:
+            raised = True
+        except RegionError:
+            raised = refused
+        assert raised == (step.fails or refused)
+        if raised:
             assert self.log == []
             self.check_undone(before)
         new = self.truth()
@@ -247,3 +251,24 @@ def test_listeners_hear_what_the_rules_say(plan: Scenario) -> None:
         await machine.unregister_all()
 
     trio.run(main)
+
+
+@pytest.mark.xfail(reason="a view keeps the way by which an unmergeable range was reached")
+async def test_an_alias_replaced_by_its_like() -> None:
+    """F6, T10: nothing is to be told, and the next change does not leave a cut behind."""
+    root = MemoryRegion.container("root", 0x10000)
+    region = MemoryRegion.io("region", 0x1000, None)
+    region.set_unmergeable(True)
+    one, two = (MemoryRegion.alias(name, region, offset=0, size=0x1000) for name in ("one", "two"))
+    root.add_subregion(0, one)
+    memory = MemorySystem()
+    space = memory.create_address_space("memory", root)
+    async with memory.transaction():
+        root.del_subregion(one)
+        root.add_subregion(0, two)
+    over = MemoryRegion.io("over", 0x100, None)
+    async with memory.transaction():
+        root.add_subregion_overlap(0x400, over, 1)
+    async with memory.transaction():
+        root.del_subregion(over)
+    assert space.view == FlatView.render(root)

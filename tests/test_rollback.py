@@ -430,13 +430,16 @@ async def test_who_waits_for_a_turn_when_the_system_breaks() -> None:
                 raise AssertionError("got in")
         refused.append(number)
 
+    async def break_it(nursery: trio.Nursery) -> None:
+        async with machine.memory.transaction():
+            for number in range(2):
+                nursery.start_soon(wait, number)
+                await trio.testing.wait_all_tasks_blocked()
+            machine.low.set_alias_offset(0x1000)
+
     async with trio.open_nursery() as nursery:
         with pytest.raises(BrokenMemoryError):
-            async with machine.memory.transaction():
-                for number in range(2):
-                    nursery.start_soon(wait, number)
-                    await trio.testing.wait_all_tasks_blocked()
-                machine.low.set_alias_offset(0x1000)
+            await break_it(nursery)
     assert refused == [0, 1]
 
 
@@ -466,6 +469,18 @@ async def test_a_failure_that_could_be_undone_breaks_nothing() -> None:
         await machine.change()
     assert told == []
     assert machine.memory.broken is None
+
+
+async def test_registering_that_cannot_be_undone() -> None:
+    """T13, T8: what the listener holds is no longer known, so the system is broken."""
+    machine = Machine()
+    await machine.start()
+    late = Fragile("late", 0, machine.fuse)
+    machine.fuse.set(2, 3)
+    with pytest.raises(BrokenMemoryError):
+        await machine.memory.register(late, machine.spaces[0])
+    assert machine.memory.broken is machine.fuse.raised[1]
+    assert late not in machine.spaces[0].listeners
 
 
 async def test_unregistering_that_cannot_be_undone() -> None:

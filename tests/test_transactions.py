@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from types import FrameType
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
+import memlistener.memory as memory_module
 from memlistener import (
     DirtyClient,
     FlatView,
@@ -26,8 +31,6 @@ from memlistener import (
 from memlistener.testing import RecordingListener
 
 from .trees import snapshot
-
-T = TypeVar("T")
 
 
 class Machine:
@@ -80,6 +83,25 @@ class Unwanted(Exception):
     """Raised by bodies whose changes are to be taken back."""
 
 
+async def taken_back(
+    machine: Machine,
+    *changes: Callable[[Machine], None],
+    error: BaseException | None = None,
+) -> None:
+    """A transaction with a body that makes the changes and then raises; and so does leaving."""
+    error = Unwanted() if error is None else error
+
+    async def fail() -> None:
+        async with machine.memory.transaction():
+            for each in changes:
+                each(machine)
+            raise error
+
+    with pytest.raises(type(error)) as info:
+        await fail()
+    assert info.value is error
+
+
 # Every mutator, on a region of the machine that it does change.
 MUTATORS: dict[str, Callable[[Machine], None]] = {
     "add_subregion": lambda m: m.root.add_subregion(0x6000, io("new")),
@@ -112,7 +134,7 @@ def test_all_mutators_of_the_machine_are_here() -> None:
     assert public == {*MUTATORS, *ATTACHMENTS}
 
 
-# ---- T1: nesting --------------------------------------------------------------------
+# ---- T1: nesting -----------------------------------------------------------------------
 
 
 async def test_only_the_outermost_end_tells(machine: Machine) -> None:
@@ -143,9 +165,9 @@ async def test_all_views_are_rendered_before_the_first_callback(
     log: list[str] = []
     rendered = FlatView.updated
 
-    def updated(self: FlatView, root: MemoryRegion, *args: object) -> object:
+    def updated(self: FlatView, root: MemoryRegion, *args: Any, **kwargs: Any) -> Any:
         log.append(f"render {root.name}")
-        return rendered(self, root, *args)  # type: ignore[arg-type]
+        return rendered(self, root, *args, **kwargs)
 
     class Listener(MemoryListener):
         def begin(self) -> None:
@@ -281,7 +303,7 @@ async def test_other_tasks_and_threads_read_meanwhile(machine: Machine) -> None:
         finish.set()
 
 
-# ---- T10: who is told -------------------------------------------------------------------
+# ---- T10: who is told ------------------------------------------------------------------
 
 
 async def test_only_listeners_of_spaces_that_changed(machine: Machine) -> None:
@@ -321,10 +343,7 @@ async def test_a_transaction_that_ends_where_it_began(
     listener, dma = await machine.listen(), await machine.listen(dma=True)
     view = machine.space.view
     async with machine.memory.transaction():
-        with pytest.raises(Unwanted):
-            async with machine.memory.transaction():
-                mutate(machine)
-                raise Unwanted
+        await taken_back(machine, mutate)
     assert listener.heard == dma.heard == []
     assert machine.space.view is view
 
@@ -345,7 +364,7 @@ async def test_changes_that_nobody_can_see(machine: Machine) -> None:
     assert listener.heard == dma.heard == []
 
 
-# ---- T11: live trees change in transactions only ---------------------------------------------
+# ---- T11: live trees change in transactions only ---------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -429,9 +448,8 @@ async def test_another_task_has_the_transaction(machine: Machine) -> None:
             machine.window.set_size(0x800)
         raised.append(info.value)
 
-    async with machine.memory.transaction():
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(intrude)
+    async with machine.memory.transaction(), trio.open_nursery() as nursery:
+        nursery.start_soon(intrude)
     assert len(raised) == 1
     assert snapshot(machine.regions) == before
 
@@ -474,18 +492,19 @@ async def test_taken_out_and_changed(machine: Machine) -> None:
         machine.root.add_subregion(0x6000, holder)
     regions = [*machine.regions, holder, inner]
     before = snapshot(regions)
-    with pytest.raises(Unwanted):
-        async with machine.memory.transaction():
-            machine.root.del_subregion(holder)
-            inner.set_size(0x80)
-            inner.set_enabled(False)
-            holder.del_subregion(inner)
-            inner.set_address(0x40)
-            holder.set_size(0x2000)
-            machine.root.del_subregion(machine.window)
-            machine.window.set_alias_offset(0)
-            machine.ram.set_readonly(True)
-            raise Unwanted
+
+    def change(machine: Machine) -> None:
+        machine.root.del_subregion(holder)
+        inner.set_size(0x80)
+        inner.set_enabled(False)
+        holder.del_subregion(inner)
+        inner.set_address(0x40)
+        holder.set_size(0x2000)
+        machine.root.del_subregion(machine.window)
+        machine.window.set_alias_offset(0)
+        machine.ram.set_readonly(True)
+
+    await taken_back(machine, change)
     assert snapshot(regions) == before
     machine.check()
 
@@ -511,7 +530,7 @@ async def test_a_region_of_two_memory_systems(machine: Machine) -> None:
     assert snapshot(machine.regions) == before
 
 
-# ---- T12: no transactions and no changes from hooks --------------------------------------------
+# ---- T12: no transactions and no changes from hooks ------------------------------------
 
 
 class Meddling(MemoryListener):
@@ -539,9 +558,7 @@ class Meddling(MemoryListener):
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 @pytest.mark.parametrize("hook", ["begin", "region_del", "region_add", "region_nop", "commit"])
 @pytest.mark.parametrize("what", ["transaction", "mutator", "register", "unregister"])
-async def test_no_meddling_in_hooks(
-    machine: Machine, hook: str, what: str, is_async: bool
-) -> None:
+async def test_no_meddling_in_hooks(machine: Machine, hook: str, what: str, is_async: bool) -> None:
     """T12: every hook, plain or async; the transaction itself goes on and is whole."""
 
     async def attempt() -> None:
@@ -583,7 +600,7 @@ async def test_meddling_that_is_not_caught(machine: Machine) -> None:
     assert machine.space.view == old
 
 
-# ---- T13, the part without listeners: bodies that fail --------------------------------------------
+# ---- T13, the part without listeners: bodies that fail ---------------------------------
 
 
 @pytest.mark.parametrize("error", [Unwanted, KeyboardInterrupt, SystemExit, GeneratorExit])
@@ -591,13 +608,7 @@ async def test_a_body_that_raises(machine: Machine, error: type[BaseException]) 
     """T13: the tree is as before, nobody is told, and the error is the body's own."""
     listener = await machine.listen()
     before, view = snapshot(machine.regions), machine.space.view
-    raised = error()
-    with pytest.raises(error) as info:
-        async with machine.memory.transaction():
-            for each in MUTATORS.values():
-                each(machine)
-            raise raised
-    assert info.value is raised
+    await taken_back(machine, *MUTATORS.values(), error=error())
     assert snapshot(machine.regions) == before
     assert machine.space.view is view
     assert listener.heard == []
@@ -612,12 +623,12 @@ async def test_an_inner_transaction_that_raises_and_is_caught(machine: Machine) 
     async with machine.memory.transaction():
         machine.window.set_address(0x9000)
         halfway = snapshot(machine.regions)
-        with pytest.raises(Unwanted):
-            async with machine.memory.transaction():
-                machine.root.del_subregion(machine.window)
-                machine.window.set_size(0x800)
-                machine.flash.set_enabled(False)
-                raise Unwanted
+        await taken_back(
+            machine,
+            lambda m: m.root.del_subregion(m.window),
+            lambda m: m.window.set_size(0x800),
+            lambda m: m.flash.set_enabled(False),
+        )
         assert snapshot(machine.regions) == halfway
         machine.window.set_alias_offset(0)
     assert listener.trace == [
@@ -632,12 +643,16 @@ async def test_an_inner_transaction_that_raises_and_is_caught(machine: Machine) 
 async def test_an_inner_error_that_is_not_caught(machine: Machine) -> None:
     """T13: takes everything back, the outer one's part too."""
     before = snapshot(machine.regions)
-    with pytest.raises(Unwanted):
+
+    async def fail() -> None:
         async with machine.memory.transaction():
             machine.window.set_address(0x9000)
             async with machine.memory.transaction():
                 machine.window.set_size(0x800)
                 raise Unwanted
+
+    with pytest.raises(Unwanted):
+        await fail()
     assert snapshot(machine.regions) == before
     machine.check()
 
@@ -688,16 +703,20 @@ async def test_a_tree_that_cannot_be_rendered(machine: Machine) -> None:
     async with machine.memory.transaction():
         machine.root.add_subregion(0xC000, mirror)
     listener, before = await machine.listen(), snapshot([*machine.regions, mirror])
-    with pytest.raises(RegionError, match="shows itself"):
+
+    async def fail() -> None:
         async with machine.memory.transaction():
             machine.window.set_size(0x800)
             mirror.set_alias_offset(0xC000)
+
+    with pytest.raises(RegionError, match="shows itself"):
+        await fail()
     assert snapshot([*machine.regions, mirror]) == before
     assert listener.heard == []
     machine.check()
 
 
-# ---- T14: tasks, turns and cancellation ------------------------------------------------------------
+# ---- T14: tasks, turns and cancellation ------------------------------------------------
 
 
 async def test_entering_is_a_checkpoint(machine: Machine) -> None:
@@ -754,12 +773,11 @@ async def test_giving_up_while_waiting_for_a_turn(machine: Machine) -> None:
                 log.append(name)
 
     scopes = [trio.CancelScope() for _ in range(3)]
-    async with trio.open_nursery() as nursery:
-        async with machine.memory.transaction():
-            for number, scope in enumerate(scopes):
-                nursery.start_soon(change, str(number), scope)
-                await trio.testing.wait_all_tasks_blocked()
-            scopes[1].cancel()
+    async with trio.open_nursery() as nursery, machine.memory.transaction():
+        for number, scope in enumerate(scopes):
+            nursery.start_soon(change, str(number), scope)
+            await trio.testing.wait_all_tasks_blocked()
+        scopes[1].cancel()
     assert log == ["0", "2"]
     assert scopes[1].cancelled_caught
 
@@ -772,14 +790,13 @@ async def test_a_transaction_that_waits_for_its_own_nested_one(machine: Machine)
         async with machine.memory.transaction():
             log.append("other")
 
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery, machine.memory.transaction():
+        nursery.start_soon(change)
+        await trio.testing.wait_all_tasks_blocked()
         async with machine.memory.transaction():
-            nursery.start_soon(change)
-            await trio.testing.wait_all_tasks_blocked()
-            async with machine.memory.transaction():
-                log.append("nested")
-            await trio.testing.wait_all_tasks_blocked()
-            log.append("outer")
+            log.append("nested")
+        await trio.testing.wait_all_tasks_blocked()
+        log.append("outer")
     assert log == ["nested", "outer", "other"]
 
 
@@ -855,37 +872,68 @@ async def test_a_timeout_in_the_body(machine: Machine, autojump_clock: object) -
     assert snapshot(machine.regions) == before
 
 
-def test_ctrl_c_during_delivery() -> None:
-    """T13, T14: whether it comes out of a hook or waits, the map is old or new, not torn."""
+def interrupted(line: int) -> tuple[int, Machine, RecordingListener]:
+    """A transaction with Ctrl-C at the given line of the library that it comes by.
+
+    Not in its body, where Ctrl-C is an error of the body like any other.
+    """
+    package = os.path.dirname(memory_module.__file__)
     machine, listener = Machine(), RecordingListener()
+    passed = 0
+    in_body = False
 
-    class Interrupting(MemoryListener):
-        priority = 5
-        armed = False
-
-        def region_add(self, section: MemoryRegionSection) -> None:
-            if self.armed:
-                self.armed = False
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal passed
+        if os.path.dirname(frame.f_code.co_filename) != package:
+            return None
+        if event == "line" and not in_body:
+            passed += 1
+            if passed == line + 1:
                 signal.raise_signal(signal.SIGINT)
+        return trace
 
     async def main() -> None:
-        interrupting = Interrupting()
+        nonlocal in_body
         await machine.memory.register(listener, machine.space)
-        await machine.memory.register(interrupting, machine.space)
-        interrupting.armed = True
-        async with machine.memory.transaction():
-            machine.window.set_size(0x800)
+        sys.settrace(trace)
+        try:
+            async with machine.memory.transaction():
+                in_body = True
+                machine.window.set_size(0x800)
+                machine.window.set_address(0x9000)
+                in_body = False
+        finally:
+            sys.settrace(None)
         await trio.lowlevel.checkpoint()
-        raise AssertionError("Ctrl-C got lost")
 
-    with pytest.raises(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt):
         trio.run(main)
-    machine.check()
-    sizes = {each.offset_within_address_space: each.size for each in listener.ranges.values()}
-    assert sizes == {each.start: each.size for each in machine.space.view}
+    return passed, machine, listener
 
 
-# ---- T15: what is deleted lives until commit has returned ---------------------------------------------
+@pytest.mark.xfail(reason="entering, leaving and delivery are not protected from KeyboardInterrupt")
+def test_ctrl_c_anywhere() -> None:
+    """T13, T14: the map is old or new, everybody believes in it, and the next one gets in."""
+    lines, _, _ = interrupted(-1)
+    assert lines > 30
+
+    async def change(machine: Machine) -> None:
+        async with machine.memory.transaction():
+            machine.window.set_alias_offset(0)
+
+    for line in range(lines):
+        passed, machine, listener = interrupted(line)
+        assert passed > line
+        for _ in range(2):
+            machine.check()
+            assert sorted(listener.ranges.items()) == [
+                (each.start, MemoryRegionSection.of(machine.space, each))
+                for each in machine.space.view
+            ]
+            trio.run(change, machine)
+
+
+# ---- T15: what is deleted lives until commit has returned ------------------------------
 
 
 async def test_deleted_regions_live_until_commit_has_returned(machine: Machine) -> None:

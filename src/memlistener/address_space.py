@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from memlistener.core.ioeventfd import Attached
 from memlistener.core.ops import UNSPECIFIED, MemTxAttrs, MemTxResult
 from memlistener.core.region import MemoryRegion
 from memlistener.errors import RegionError, UnassignedAccessError
-from memlistener.listener import Hook, MemoryListener, Registration, hooks_by_name
+from memlistener.listener import Hook, MemoryListener, Registration
 
 if TYPE_CHECKING:
     from memlistener.memory import MemorySystem
@@ -33,10 +34,10 @@ class AddressSpace:
         self._unassigned_raises = unassigned_raises
         self._registrations: list[Registration] = []
         self._hooks: dict[str, tuple[Hook, ...]] = {}  # by name, in ascending priority
-        self._has_async_hooks = False
         self._view = FlatView()
         self._view_root: MemoryRegion | None = None  # what it was rendered from (F7)
         self._unassigned = 0
+        self._unassigned_mutex = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -87,9 +88,15 @@ class AddressSpace:
     ) -> tuple[bytes, MemTxResult]:
         """As `read`, with how it went."""
         self._check_range(addr, size)
-        data, result, unassigned = await dispatch.read(self._view, addr, size, attrs)
+        return await self.read_in(self._view, addr, size, attrs)
+
+    async def read_in(
+        self, view: FlatView, addr: int, size: int, attrs: MemTxAttrs = UNSPECIFIED
+    ) -> tuple[bytes, MemTxResult]:
+        """As `read_result`, in a view of this address space that the caller has."""
+        data, result, unassigned = await dispatch.read(view, addr, size, attrs)
         if unassigned:
-            self.count_unassigned(addr, size, "read", unassigned)
+            self._count_unassigned(addr, size, "read", unassigned)
         return data, result
 
     async def write(
@@ -106,9 +113,15 @@ class AddressSpace:
         """
         raw = data if isinstance(data, bytes) else bytes(data)
         self._check_range(addr, len(raw))
-        result, unassigned = await dispatch.write(self._view, addr, raw, attrs)
+        return await self.write_in(self._view, addr, raw, attrs)
+
+    async def write_in(
+        self, view: FlatView, addr: int, data: bytes, attrs: MemTxAttrs = UNSPECIFIED
+    ) -> MemTxResult:
+        """As `write`, in a view of this address space that the caller has."""
+        result, unassigned = await dispatch.write(view, addr, data, attrs)
         if unassigned:
-            self.count_unassigned(addr, len(raw), "write", unassigned)
+            self._count_unassigned(addr, len(data), "write", unassigned)
         return result
 
     def map(self, addr: int, size: int) -> memoryview:
@@ -132,13 +145,14 @@ class AddressSpace:
         found: memoryview = each.region.block.view[offset : offset + size]
         return found if dispatch.writes_memory(each) else found.toreadonly()
 
-    def count_unassigned(self, addr: int, size: int, what: str, count: int = 1) -> None:
+    def _count_unassigned(self, addr: int, size: int, what: str, count: int = 1) -> None:
         """An access met nothing: count it, or make it an error if so asked.
 
         Raises:
             UnassignedAccessError: The address space was created to raise it.
         """
-        self._unassigned += count
+        with self._unassigned_mutex:  # vCPU threads count too
+            self._unassigned += count
         if self._unassigned_raises:
             raise UnassignedAccessError(
                 f"{what} of {size} bytes at {addr:#x} in {self._name!r}: nothing is there"
@@ -149,13 +163,6 @@ class AddressSpace:
             raise RegionError(
                 f"[{addr:#x}, {addr + size:#x}) is not within the 64 bits of {self._name!r}"
             )
-
-    def _set_hooks(self) -> None:
-        """The registrations changed."""
-        self._hooks = hooks_by_name(self._registrations)
-        self._has_async_hooks = any(
-            hook.is_async for hooks in self._hooks.values() for hook in hooks
-        )
 
     # ---- TreeOwner ----------------------------------------------------------------
 

@@ -55,8 +55,8 @@ class Delivery:
         """A hook without arguments, in ascending priority."""
         for hook in hooks.get(name, ()):
             result = hook.call()
-            if hook.is_async:
-                await result
+            if result is not None:
+                await hook.finish(result)
             # What a hook did before it raised is its own to take back.
             self._told.append((space, hook, None))
 
@@ -69,8 +69,8 @@ class Delivery:
             args = arguments(space, event)
             for hook in reversed(concerned) if event.descending else concerned:
                 result = hook.call(*args)
-                if hook.is_async:
-                    await result
+                if result is not None:
+                    await hook.finish(result)
                 self._told.append((space, hook, event))
 
     async def undo(self) -> None:

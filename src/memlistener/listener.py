@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import trio
 
 from memlistener.errors import ListenerError
 
@@ -198,6 +199,15 @@ class Hook:
     is_async: bool
     registration: Registration
 
+    async def finish(self, result: Any) -> None:
+        """Await what the hook returned, if it is to be awaited, shielded (rule T14).
+
+        Only here can a delivery be cancelled, so only here is the shield paid for.
+        """
+        if self.is_async or inspect.isawaitable(result):
+            with trio.CancelScope(shield=True):
+                await result
+
 
 @attrs.define(eq=False)
 class Registration:
@@ -233,8 +243,8 @@ class Registration:
         hook = self.hooks.get(name)
         if hook is not None:
             result = hook.call(*args)
-            if hook.is_async:
-                await result
+            if result is not None:
+                await hook.finish(result)
 
 
 def hooks_by_name(registrations: Iterable[Registration]) -> dict[str, tuple[Hook, ...]]:

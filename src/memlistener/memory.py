@@ -18,11 +18,12 @@ outermost transaction of the task ends, in this order:
    view, commit (T13). If that raises too, the memory system is broken.
 
 One transaction at a time: a second task waits its turn, in order of arrival.
+Control-C is kept out of all this (`enable_ki_protection`): it arrives in the body
+of a transaction, which rolls back, or afterwards.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 
@@ -40,6 +41,7 @@ from memlistener.errors import BrokenMemoryError, ListenerError, TransactionErro
 from memlistener.listener import (
     MemoryListener,
     Registration,
+    hooks_by_name,
     insert_in_order,
 )
 from memlistener.pending import Pending
@@ -116,8 +118,11 @@ class MemorySystem:
             raise ListenerError(
                 f"{space!r} still has listeners: unregister {list(space.listeners)!r} first"
             )
-        if self._depth:
-            raise TransactionError(f"{space!r} cannot be destroyed inside a transaction")
+        if self._owner is not None:
+            raise TransactionError(
+                f"{space!r} cannot be destroyed inside a transaction, or while a listener is "
+                f"being registered"
+            )
         if space in self._spaces:
             self._spaces.remove(space)
             space._root._detach_owner(space)
@@ -186,13 +191,6 @@ class MemorySystem:
         self._owner = None
         self._lock.release()
 
-    def _shield(self) -> contextlib.AbstractContextManager[object]:
-        """Rule T14. Plain hooks cannot be interrupted, and a scope costs as much as a commit."""
-        for space in self._spaces:
-            if space._has_async_hooks:
-                return trio.CancelScope(shield=True)
-        return _NO_SHIELD
-
     async def _commit(self) -> None:
         """The outermost end. The tree is final, nobody has been told."""
         delivery = Delivery()
@@ -241,6 +239,7 @@ class MemorySystem:
 
     # ---- listeners ----------------------------------------------------------------
 
+    @trio.lowlevel.enable_ki_protection
     async def register(self, listener: MemoryListener, space: AddressSpace) -> None:
         """Add a listener, and tell it the map as it is (rule T8).
 
@@ -253,19 +252,20 @@ class MemorySystem:
         """
         if not isinstance(listener, MemoryListener):
             raise ListenerError(f"{listener!r} is not a MemoryListener: subclass it")
-        if space not in self._spaces:
-            raise ListenerError(f"{space!r} is not an address space of this memory system")
         await self._acquire("register")
         try:
+            if space not in self._spaces:
+                raise ListenerError(f"{space!r} is not an address space of this memory system")
             if listener in space.listeners:
                 raise ListenerError(f"{listener!r} is registered for {space!r} already")
             registration = Registration.of(listener, space)
             await self._replay(registration, replay(space._view), starting=True)
             insert_in_order(space._registrations, registration)
-            space._set_hooks()
+            space._hooks = hooks_by_name(space._registrations)
         finally:
             self._release()
 
+    @trio.lowlevel.enable_ki_protection
     async def unregister(self, listener: MemoryListener, space: AddressSpace | None = None) -> None:
         """Remove a listener, after telling it that everything goes (rule T8).
 
@@ -297,7 +297,7 @@ class MemorySystem:
             where = registration.space
             await self._replay(registration, replay_reversed(where._view), starting=False)
             where._registrations.remove(registration)
-            where._set_hooks()
+            where._hooks = hooks_by_name(where._registrations)
         finally:
             self._release()
 
@@ -325,6 +325,7 @@ class MemorySystem:
 
     # ---- dirty logging ------------------------------------------------------------
 
+    @trio.lowlevel.enable_ki_protection
     async def dirty_log_start(self) -> None:
         """Log writes to all memory, for `DirtyClient.MIGRATION`.
 
@@ -337,6 +338,7 @@ class MemorySystem:
         """
         await self._dirty_log.start()
 
+    @trio.lowlevel.enable_ki_protection
     async def dirty_log_stop(self) -> None:
         """A transaction turns logging off, then log_global_stop is called.
 
@@ -345,6 +347,7 @@ class MemorySystem:
         """
         await self._dirty_log.stop()
 
+    @trio.lowlevel.enable_ki_protection
     async def dirty_log_sync(self, region: MemoryRegion | None = None) -> None:
         """Have the listeners bring dirty bits up to date, onto the `RamBlock` of each.
 
@@ -360,6 +363,7 @@ class MemorySystem:
         """
         await self._dirty_log.sync(region)
 
+    @trio.lowlevel.enable_ki_protection
     async def dirty_log_clear(self, region: MemoryRegion, offset: int, size: int) -> None:
         """Dirty bits of [offset, offset + size) of a region were taken: count anew.
 
@@ -369,9 +373,6 @@ class MemorySystem:
             TransactionError: Inside a transaction of the same task.
         """
         await self._dirty_log.clear(region, offset, size)
-
-
-_NO_SHIELD = contextlib.nullcontext()
 
 
 def _nothing() -> None:
@@ -389,6 +390,7 @@ class Transaction:
         self._mark = -1
         self._outermost = False
 
+    @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> None:
         memory = self._memory
         if self._mark >= 0:
@@ -401,6 +403,7 @@ class Transaction:
         memory._depth += 1
         self._mark = len(memory._pending.journal)
 
+    @trio.lowlevel.enable_ki_protection
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
@@ -412,8 +415,7 @@ class Transaction:
             if exc is not None:
                 memory._pending.rollback(self._mark)
             elif self._outermost and memory._pending.damaged:
-                with memory._shield():
-                    await memory._commit()
+                await memory._commit()
         except BaseException as error:
             if memory._broken is None and exc is not None:
                 memory._break(error)

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from memlistener.errors import RamInUseError, RegionError, RegionTypeError
 # overcommit heuristics though it would never use what it was given.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 PAGE_SIZE = mmap.PAGESIZE
+
+_CLOSED = memoryview(b"")
+_CLOSED.release()
 
 
 class RamBlock:
@@ -138,7 +142,9 @@ class RamBlock:
                 f"this {type(buffer).__name__} of {view.nbytes:#x} bytes is not: copy it "
                 f"into a bytearray"
             )
-        return cls(name, view.cast("B"), view.nbytes)
+        # An object of our own in between: its lifetime tells whether it is used.
+        memory = (ctypes.c_ubyte * view.nbytes).from_buffer(view.cast("B"))
+        return cls(name, memory, view.nbytes)
 
     @property
     def name(self) -> str:
@@ -157,7 +163,8 @@ class RamBlock:
         Raises:
             ValueError: The block was closed.
         """
-        return memoryview(self._memory)[: self._size]
+        view = memoryview(self._memory)
+        return (view if view.format == "B" else view.cast("B"))[: self._size]
 
     @property
     def host_address(self) -> int:
@@ -184,12 +191,22 @@ class RamBlock:
             if isinstance(self._memory, mmap.mmap):
                 self._memory.close()
             else:
-                self._memory.release()
+                self._let_go()
         except BufferError as exc:
             raise RamInUseError(
                 f"{self!r} is still used by a memoryview or a memslot: release those first"
             ) from exc
         self._close_fd()
+
+    def _let_go(self) -> None:
+        """As mmap's close, for a buffer: ctypes counts no exports, Python does references."""
+        if self._memory is _CLOSED:
+            return
+        alive = weakref.ref(self._memory)
+        self._memory = _CLOSED
+        if alive() is not None:
+            self._memory = alive()
+            raise BufferError("exported pointers exist")
 
     def _close_fd(self) -> None:
         fd, self._fd = self._fd, None

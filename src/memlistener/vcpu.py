@@ -65,14 +65,27 @@ class Backend(Protocol):
         """See to the exit that `enter` returned for, on the same thread.
 
         Returns:
-            None to go on, a `Serve` to have trio do it, or anything else to end
-            the run with it.
+            None to go on, a `Serve` to have trio do it, `Failed` where serving it
+            raised, or anything else to end the run with it.
         """
         ...
 
     def describe(self) -> str:
         """What the vCPU is doing, for a warning that it does not stop."""
         ...
+
+
+@attrs.frozen
+class Failed:
+    """An access that was tried on the vCPU's thread and raised.
+
+    Attributes:
+        error: Comes out of `VcpuRunner.run`.
+        again: Serves the access in the next run.
+    """
+
+    error: BaseException
+    again: Serve
 
 
 @attrs.frozen
@@ -100,6 +113,7 @@ class VcpuRunner:
         self._pass = gate.add(name, backend.kick, backend.clear_kick, backend.describe)
         self._token = trio.lowlevel.current_trio_token()
         self._go = threading.Semaphore(0)
+        self._close_lock = trio.Lock()
         self._closing = False
         self._closed = False
         self._running = False  # a task is in run()
@@ -153,6 +167,9 @@ class VcpuRunner:
                 outcome = self._take_outcome()
                 if isinstance(outcome, Serve):
                     self._pending = outcome
+                elif isinstance(outcome, Failed):
+                    self._pending = outcome.again
+                    raise outcome.error
                 elif isinstance(outcome, _Raised):
                     raise outcome.error
                 elif outcome is _STOPPED or outcome is _ENDED:
@@ -181,7 +198,9 @@ class VcpuRunner:
         except BaseException:
             await self._stop()
             outcome = self._take_outcome()
-            if isinstance(outcome, _Raised):
+            if isinstance(outcome, Failed):
+                self._pending = outcome.again
+            if isinstance(outcome, Failed | _Raised):
                 raise outcome.error from outcome.error.__cause__  # what cancelled is its context
             if outcome is not _STOPPED:
                 self._outcome = outcome
@@ -206,19 +225,20 @@ class VcpuRunner:
 
     async def aclose(self) -> None:
         """Stop the vCPU and end its thread. Idempotent; shielded from cancellation."""
-        if self._closed:
-            return
-        self._closing = True
         with trio.CancelScope(shield=True):
-            if self._working:
-                self._gate.stop(self._pass)
-                await self._gate.kick_again(lambda: [self._pass], self._reported)
-            self._closed = True
-            self._reported = trio.Event()
-            self._go.release()
-            await self._reported.wait()
-            self._thread.join()
-            self._gate.remove(self._pass)
+            async with self._close_lock:
+                if self._closed:
+                    return
+                self._closing = True
+                if self._working:
+                    self._gate.stop(self._pass)
+                    await self._gate.kick_again(lambda: [self._pass], self._reported)
+                self._closed = True
+                self._reported = trio.Event()
+                self._go.release()
+                await self._reported.wait()
+                self._thread.join()
+                self._gate.remove(self._pass)
 
     # ---- the thread ---------------------------------------------------------------
 

@@ -28,6 +28,8 @@ GOOD = Result(
     wait_median=50e-6,
     wait_p99=100e-6,
     wait_max=1e-3,
+    held_median=300e-6,
+    held_max=2e-3,
     passes=(1_000, 2_000),
     interrupted=False,
 )
@@ -87,6 +89,13 @@ def test_no_transaction_is_no_success_to_boast_of() -> None:
 def test_luck_without_brackets_is_called_luck() -> None:
     """Under policy never, nothing found does not mean that all was well."""
     assert "happened to" in attrs.evolve(GOOD, policy="never", brackets=0).verdict
+
+
+def test_heading_says_what_was_run() -> None:
+    """A figure is worth nothing without it."""
+    assert GOOD.heading == "2 vCPUs on KVM in protected mode, policy every-commit: split"
+    fake = attrs.evolve(GOOD, backend="fake", cpu="scripted", passes=(1,))
+    assert fake.heading == "1 vCPU, scripted, on a fake kernel, policy every-commit: split"
 
 
 def test_table_has_every_figure_with_its_unit() -> None:

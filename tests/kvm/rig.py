@@ -33,7 +33,7 @@ from memlistener.testing import (
 
 PAGE = 0x1000
 RAM_SIZE = 0x100000
-LONG_ENOUGH = 30.0
+LONG_ENOUGH = 60.0
 SLOT_IOCTL = "KVM_SET_USER_MEMORY_REGION"
 
 _TABLES = 0x80000  # six pages, for all vCPUs
@@ -143,9 +143,7 @@ class Guest:
 
     def results(self, ram: memoryview) -> list[int]:
         """What the guest has read, in order."""
-        return [
-            int.from_bytes(ram[at : at + length], "little") for at, _, length in self._reads()
-        ]
+        return [int.from_bytes(ram[at : at + length], "little") for at, _, length in self._reads()]
 
     def rounds(self, ram: memoryview) -> int:
         """How often a looping guest has started over."""

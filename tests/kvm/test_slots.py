@@ -258,7 +258,9 @@ def test_k4_circle_of_moves(count: int) -> None:
 def test_k4_two_windows_onto_one_memory() -> None:
     """K4: windows onto the same memory that move by one page are two ioctls."""
     old, new = [page(0, 2), page(3, 2)], [page(1, 2), page(4, 2)]
-    for removed, added in itertools.product(itertools.permutations(old), itertools.permutations(new)):
+    for removed, added in itertools.product(
+        itertools.permutations(old), itertools.permutations(new)
+    ):
         assert Kernel(*old).change(removed, added) == ["MOVE", "MOVE"]
 
 
@@ -316,9 +318,7 @@ def test_k4_shortest(current: tuple[Mapping, ...], wanted: tuple[Mapping, ...]) 
 
 
 @given(layouts(), layouts())
-def test_k4_any_part_of_the_sets(
-    current: tuple[Mapping, ...], wanted: tuple[Mapping, ...]
-) -> None:
+def test_k4_any_part_of_the_sets(current: tuple[Mapping, ...], wanted: tuple[Mapping, ...]) -> None:
     """K4: naming only what differs gives as short a plan as naming everything."""
     whole = Kernel(*current).table.plan(current, wanted)
     gone = [each for each in current if each not in wanted]

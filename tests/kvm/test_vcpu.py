@@ -125,7 +125,9 @@ async def test_string_pio(rig: Rig, ops: Plain, size: int) -> None:
         vcpu = await rig.boot(vm, In(PORT, size, 7), Out(PORT, size, count=5, value=data))
         with trio.fail_after(LONG_ENOUGH):
             assert await vcpu.run() == Hlt()
-    words = [int.from_bytes(bytes(range(at, at + size)), "little") for at in range(0, 5 * size, size)]
+    words = [
+        int.from_bytes(bytes(range(at, at + size)), "little") for at in range(0, 5 * size, size)
+    ]
     assert ops.seen == [
         *[("read", 0, size)] * 7,
         *[("write", 0, size, word) for word in words],

@@ -116,19 +116,20 @@ def read_sections(text: str) -> tuple[list[Section], list[Guess]]:
             sections[-1].lines.append(read_tree_line(line))
     if not sections:
         raise Line(1, "").error("'address-space: name'")
-    hidden = [number for section in sections for number in _grow(section)]
-    return sections, _guesses(sections, hidden)
-
-
-def _guesses(sections: list[Section], hidden: list[int]) -> list[Guess]:
+    # One marked region shows that the text is `info mtree -D`, which hides nothing.
     marked = any(line.disabled for section in sections for line in section.lines)
+    hidden = [number for section in sections for number in _grow(section, marked)]
+    return sections, _guesses(marked, hidden)
+
+
+def _guesses(marked: bool, hidden: list[int]) -> list[Guess]:
     guesses = [] if marked else [Guess(_PLAIN_GUESS)]
     if hidden:
         guesses.append(Guess(_HIDDEN_GUESS, tuple(hidden)))
     return guesses
 
 
-def _grow(section: Section) -> list[int]:
+def _grow(section: Section, marked: bool) -> list[int]:
     """Make the section's tree; the numbers of lines below something hidden."""
     hidden: list[int] = []
     path: list[Node] = []  # from the root to the node printed last
@@ -140,10 +141,14 @@ def _grow(section: Section) -> list[int]:
                 f"one root below {section.header.text!r}, or a line that is indented further"
             )
         del path[level - 1 :], bases[level - 1 :]
-        if path and not _can_hold(path[-1], bases[-1], line):
+        if path and not marked and not _can_hold(path[-1], bases[-1], line):
             path.pop()
             bases.pop()
+        if path and path[-1].target_name is not None:
+            raise line.source.error("nothing below an alias")
         if len(path) < level - 1:
+            if marked:
+                raise line.source.error(f"at most {2 * len(path) + 2} spaces")
             hidden.append(line.source.number)
         while len(path) < level - 1:
             _attach(path, bases, _stand_in(section, line, path, bases), line.start)
@@ -164,6 +169,8 @@ def _grow(section: Section) -> list[int]:
         if level == 1:
             _check_root(section, line)
     if not path:  # the root is hidden, and has nothing below it
+        if marked:
+            raise section.header.error("a root to follow")
         path.append(_stand_in(section, None, path, bases))
         hidden.append(section.header.number)
     section.root = path[0]
@@ -192,8 +199,6 @@ def _can_hold(node: Node, base: int, line: RegionLine) -> bool:
         return True
     if node.target_name is not None:
         return False
-    if node.disabled:
-        return True
     return line.start < base + node.size and base < line.start + line.size
 
 

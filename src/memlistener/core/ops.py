@@ -154,10 +154,9 @@ def implement(offset: int, size: int, impl: AccessConstraints) -> list[tuple[int
         is shifted left in the access's own value. A shift is negative where the
         model's smallest access starts before the access's own first byte.
     """
-    if impl.unaligned or offset % min(size, impl.max_access_size) == 0:
-        step = max(min(size, impl.max_access_size), impl.min_access_size)
-        if impl.unaligned or offset % step == 0:
-            return [(offset + at, step, at) for at in range(0, size, step)]
+    step = max(min(size, impl.max_access_size), impl.min_access_size)
+    if impl.unaligned or offset % step == 0:
+        return [(offset + at, step, at) for at in range(0, size, step)]
     # Aligned calls, which may begin before the access and end after it.
     calls = []
     start = offset & -impl.min_access_size

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias, overload
+from typing import Any, Protocol, overload
 
 from attrs import evolve
 
@@ -31,6 +31,7 @@ from memlistener.core.change import TreeOwner, above_of, change
 from memlistener.core.children import Children
 from memlistener.core.dirty import DirtyClient
 from memlistener.core.ioeventfd import NOTHING, Attached, IoEventFd
+from memlistener.core.iommu import Iommu, Translate, Translates
 from memlistener.core.kinds import (
     BACKED,
     LIMIT,
@@ -43,8 +44,6 @@ from memlistener.core.kinds import (
 )
 from memlistener.core.render import place
 from memlistener.errors import RegionError, RegionTypeError
-
-Translate: TypeAlias = Callable[..., Any]
 
 
 class Block(Protocol):
@@ -127,6 +126,7 @@ class MemoryRegion:
         "_data",
         "_enabled",
         "_flags",
+        "_iommu",
         "_kind",
         "_may_overlap",
         "_name",
@@ -136,7 +136,6 @@ class MemoryRegion:
         "_rank",
         "_size",
         "_terminates",
-        "_translate",
     )
 
     def __init__(self, kind: RegionKind, name: str, size: int) -> None:
@@ -164,7 +163,7 @@ class MemoryRegion:
         self._owners: tuple[TreeOwner, ...] = ()
         self._attached = NOTHING
         self._ops: Any = None
-        self._translate: Translate | None = None
+        self._iommu: Iommu | None = None
         self._block: Any = None
         self._data = b""
 
@@ -269,10 +268,17 @@ class MemoryRegion:
         return cls(RegionKind.RESERVATION, name, size)
 
     @classmethod
-    def iommu(cls, name: str, size: int, translate: Translate) -> MemoryRegion:
-        """A region whose addresses are translated into another address space."""
+    def iommu(cls, name: str, size: int, translate: Translate | Translates) -> MemoryRegion:
+        """Pages of other address spaces (``memory_region_init_iommu``).
+
+        Args:
+            name: For people.
+            size: In bytes, 1 to 2**64.
+            translate: A function, plain or ``async def``, that is called as
+                `IommuOps.translate` is; or an `IommuOps`, or any object with one.
+        """
         region = cls(RegionKind.IOMMU, name, size)
-        region._translate = translate
+        region._iommu = Iommu(name, translate)
         return region
 
     def _adopt(self, block: Block | None, data: bytes = b"") -> None:
@@ -381,7 +387,7 @@ class MemoryRegion:
     @property
     def translate(self) -> Translate | None:
         """An IOMMU region's translation; else None."""
-        return self._translate
+        return None if self._iommu is None else self._iommu.translate
 
     @property
     def block(self) -> Any:

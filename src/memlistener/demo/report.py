@@ -48,6 +48,8 @@ class Result:
         wait_median: How long a bracket waited for the vCPUs, half of all.
         wait_p99: The same for 99 of 100.
         wait_max: The same for the worst.
+        held_median: How long a bracket kept the vCPUs out of the guest, half of all.
+        held_max: The same for the worst.
         passes: How often each vCPU has worked through its table.
         interrupted: Whether somebody stopped it.
     """
@@ -69,6 +71,8 @@ class Result:
     wait_median: float
     wait_p99: float
     wait_max: float
+    held_median: float
+    held_max: float
     passes: tuple[int, ...]
     interrupted: bool
 
@@ -91,12 +95,13 @@ class Result:
 
     @property
     def heading(self) -> str:
-        """What was run, in a line."""
-        where = "KVM" if self.backend == "kvm" else "a fake kernel"
-        return (
-            f"{', '.join(self.changes)} · {_count(len(self.passes), 'vCPU')} on {where} · "
-            f"{self.cpu} · policy {self.policy}"
-        )
+        """What was run."""
+        vcpus = _count(len(self.passes), "vCPU")
+        if self.backend == "kvm":
+            where = f"{vcpus} on KVM in {self.cpu} mode"
+        else:
+            where = f"{vcpus}, scripted, on a fake kernel"
+        return f"{where}, policy {self.policy}: {', '.join(self.changes)}"
 
     @property
     def verdict(self) -> str:
@@ -180,6 +185,8 @@ class Result:
             ("wait for the vCPUs", _microseconds(self.wait_median), "µs median", False),
             ("", _microseconds(self.wait_p99), "µs 99th percentile", False),
             ("", _microseconds(self.wait_max), "µs worst", False),
+            ("vCPUs held", _microseconds(self.held_median), "µs median", False),
+            ("", _microseconds(self.held_max), "µs worst", False),
         ]
 
     def _guest_rows(self) -> list[_Row]:

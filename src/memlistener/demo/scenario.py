@@ -258,6 +258,8 @@ class _Tally:
             wait_median=now.gate.wait_median,
             wait_p99=now.gate.wait_p99,
             wait_max=now.gate.wait_max,
+            held_median=now.stopped_median,
+            held_max=now.stopped_max,
             passes=tuple(mailbox.passes for _, mailbox in mailboxes),
             interrupted=self.interrupted,
         )

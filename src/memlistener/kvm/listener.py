@@ -7,7 +7,8 @@ them is in the guest while a slot that it uses is deleted and added again.
 When an ioctl fails, the ones before it are taken back and the error leaves
 commit *with the vCPUs still held*: the memory system now sends begin, the
 inverse of the events, and commit, and only that commit lets the vCPUs go, onto
-the map as it was.
+the map as it was. When even taking back fails, every further commit raises, and
+they are never let go.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class KvmMemoryListener(MemoryListener):
         self._pins: dict[Mapping, memoryview] = {}
         self._holding = False
         self._closing = False
+        self._torn: BaseException | None = None
         self._moves = True
         self.brackets = 0
         self.ioctls = 0
@@ -119,6 +121,10 @@ class KvmMemoryListener(MemoryListener):
         if self._closing:
             self.release()
             return
+        if self._torn is not None:
+            raise MemslotError(
+                errno.EIO, "the memslots are neither as before nor as they should be"
+            ) from self._torn
         ops = self._table.plan(self._removed, self._added)
         if self._policy is KickPolicy.ON_OVERLAP and tears(ops):
             await self._hold()
@@ -192,8 +198,12 @@ class KvmMemoryListener(MemoryListener):
             for op in ops:
                 self._make_one(op, done)
         except BaseException:
-            for op in reversed(done):
-                self._ioctl(op.inverse)
+            try:
+                for op in reversed(done):
+                    self._ioctl(op.inverse)
+            except BaseException as error:
+                self._torn = error
+                raise
             raise
 
     def _make_one(self, op: SlotOp, done: list[SlotOp]) -> None:

@@ -254,10 +254,12 @@ class SlotTable:
         changes: list[SlotOp] = []
         for same_address in (True, False):
             by_key: dict[tuple[int, ...], list[Mapping]] = {}
-            for each in gone:
+            # Both by address, so that several windows onto one memory keep their
+            # order and do not have to pass each other.
+            for each in sorted(gone, key=_guest_address, reverse=True):
                 by_key.setdefault(_in_place_key(each, same_address), []).append(each)
             left: list[Mapping] = []
-            for each in wanted:
+            for each in sorted(wanted, key=_guest_address):
                 candidates = by_key.get(_in_place_key(each, same_address))
                 if candidates:
                     old = gone.pop(candidates.pop())
@@ -272,7 +274,7 @@ class SlotTable:
         heapq.heapify(free)
         unused = self._unused
         creates = []
-        for each in sorted(wanted, key=lambda mapping: mapping.guest_phys_addr):
+        for each in sorted(wanted, key=_guest_address):
             if free:
                 number = heapq.heappop(free)
             else:
@@ -292,8 +294,8 @@ def tears(ops: Sequence[SlotOp]) -> bool:
     come = [op.new.mapping for op in ops if op.new is not None and op.kind != "FLAGS_ONLY"]
     if any(op.old is not None and op.old.mapping.flags & MEM_LOG_DIRTY_PAGES for op in ops):
         return True
-    gone.sort(key=lambda mapping: mapping.guest_phys_addr)
-    come.sort(key=lambda mapping: mapping.guest_phys_addr)
+    gone.sort(key=_guest_address)
+    come.sort(key=_guest_address)
     at = 0
     for each in come:  # neither list overlaps itself
         while at < len(gone) and gone[at].end <= each.guest_phys_addr:
@@ -337,3 +339,7 @@ def _in_order(changes: list[SlotOp]) -> tuple[list[SlotOp], list[SlotOp]]:
 
 def _address(slot: Memslot) -> int:
     return slot.mapping.guest_phys_addr
+
+
+def _guest_address(mapping: Mapping) -> int:
+    return mapping.guest_phys_addr

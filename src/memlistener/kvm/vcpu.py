@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -21,7 +22,7 @@ from memlistener.kvm import backend as kernel
 from memlistener.kvm.exits import VcpuExit
 from memlistener.kvm.registers import Regs, Sregs
 from memlistener.kvm.slots import PAGE_SIZE
-from memlistener.vcpu import Serve, VcpuRunner
+from memlistener.vcpu import Failed, Serve, VcpuRunner
 
 if TYPE_CHECKING:
     from memlistener.address_space import AddressSpace
@@ -98,53 +99,61 @@ class KvmRun:
         self.exits.by_reason[type(result).__name__] += 1
         return result
 
-    def _mmio(self) -> Serve | None:
+    def _mmio(self) -> object:
         addr, size, is_write, data = self._handle.mmio()
         self.exits.by_reason["Mmio"] += 1
         if self._is_hole(addr, is_write):
             self.exits.holes += 1
-        access = self._serve_mmio(addr, size, is_write, data)
-        return self._here_or_in_trio(
-            access,
-            dispatch.on_thread(self._space.view, addr, size, is_write),
-            lambda: self._serve_mmio(addr, size, is_write, data),
-        )
+        space = self._space
+        view = space.view
 
-    async def _serve_mmio(self, addr: int, size: int, is_write: bool, data: bytes) -> None:
-        if is_write:
-            await self._space.write(addr, data)
-        else:
-            self._handle.complete_mmio(await self._space.read(addr, size))
+        async def serve(view: FlatView) -> None:
+            if is_write:
+                await space.write_in(view, addr, data)
+            else:
+                answer, _ = await space.read_in(view, addr, size)
+                self._handle.complete_mmio(answer)
 
-    def _pio(self) -> Serve | None:
+        return self._serve(serve, space, view, dispatch.on_thread(view, addr, size, is_write))
+
+    def _pio(self) -> object:
         port, size, count, is_out, data = self._handle.io()
         self.exits.by_reason["Io"] += 1
-        here = self._io is None or dispatch.on_thread(self._io.view, port, size, is_out)
-        return self._here_or_in_trio(
-            self._serve_pio(port, size, count, is_out, data),
-            here,
-            lambda: self._serve_pio(port, size, count, is_out, data),
-        )
-
-    async def _serve_pio(self, port: int, size: int, count: int, is_out: bool, data: bytes) -> None:
-        # A string instruction makes the same access ``count`` times.
-        if is_out:
-            for at in range(0, count * size, size):
-                if self._io is not None:
-                    await self._io.write(port, data[at : at + size])
-        elif self._io is None:
-            self._handle.complete_io(b"\xff" * (size * count))
-        else:
-            answers = [await self._io.read(port, size) for _ in range(count)]
-            self._handle.complete_io(b"".join(answers))
-
-    def _here_or_in_trio(self, access: Any, here: bool, again: Any) -> Serve | None:
-        if here:
-            self.exits.on_thread += 1
-            dispatch.run_on_thread(access)
+        space = self._io
+        if space is None:
+            if not is_out:
+                self._handle.complete_io(b"\xff" * (size * count))
             return None
-        access.close()
-        return Serve(again)
+        view = space.view
+
+        async def serve(view: FlatView) -> None:
+            # A string instruction makes the same access ``count`` times.
+            if is_out:
+                for at in range(0, count * size, size):
+                    await space.write_in(view, port, data[at : at + size])
+            else:
+                answers = [(await space.read_in(view, port, size))[0] for _ in range(count)]
+                self._handle.complete_io(b"".join(answers))
+
+        return self._serve(serve, space, view, dispatch.on_thread(view, port, size, is_out))
+
+    def _serve(
+        self,
+        serve: Callable[[FlatView], Coroutine[Any, Any, None]],
+        space: AddressSpace,
+        view: FlatView,
+        here: bool,
+    ) -> object:
+        """Serve an access on this thread in ``view``, or in trio in the view of then."""
+        in_trio = Serve(lambda: serve(space.view))
+        if not here:
+            return in_trio
+        self.exits.on_thread += 1
+        try:
+            dispatch.run_on_thread(serve(view))
+        except BaseException as error:
+            return Failed(error, in_trio)
+        return None
 
     def _is_hole(self, addr: int, is_write: bool) -> bool:
         """Whether the kernel found no slot where the view had memory behind one."""

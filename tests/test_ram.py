@@ -1,0 +1,297 @@
+"""Host memory: where it comes from, who may see it, and when it goes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memlistener import FlatView, MemoryRegion, RamBlock, RamInUseError, RegionError, RegionTypeError
+from memlistener.ram import PAGE_SIZE
+
+TIB = 1 << 40
+
+
+def resident() -> int:
+    """Bytes of memory that this process really has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    found = tmp_path / "image"
+    found.write_bytes(b"a" * PAGE_SIZE + b"b" * PAGE_SIZE + b"end")
+    return found
+
+
+class TestAnonymous:
+    def test_zeroed_and_writable(self) -> None:
+        """The view has exactly the size that was asked for."""
+        block = RamBlock.anonymous(0x1801, name="dimm")
+        assert (block.name, block.size) == ("dimm", 0x1801)
+        assert bytes(block.view) == bytes(0x1801)
+        block.view[0x1800] = 7
+        assert block.view[0x1800] == 7
+        assert repr(block) == "<RamBlock 'dimm' size 0x1801>"
+
+    def test_costs_nothing_before_it_is_touched(self) -> None:
+        """A terabyte of RAM is address space only, and each touched page is one."""
+        before = resident()
+        ram = MemoryRegion.ram("ram", TIB)
+        assert len(FlatView.render(ram)) == 1
+        view = ram.block.view
+        assert len(view) == TIB
+        view[TIB - 1] = view[TIB // 2] = 1
+        assert resident() - before < 16 << 20
+
+    def test_blocks_are_apart(self) -> None:
+        """Private memory is private."""
+        one, two = RamBlock.anonymous(PAGE_SIZE), RamBlock.anonymous(PAGE_SIZE)
+        one.view[0] = 1
+        assert two.view[0] == 0
+
+    def test_more_than_the_host_has(self) -> None:
+        """The error names the block and its size."""
+        with pytest.raises(OSError, match="cannot map 0x4000000000000000 bytes .* 'huge'"):
+            RamBlock.anonymous(1 << 62, name="huge")
+
+    def test_more_than_can_be_said(self) -> None:
+        """2**64 bytes are an OSError too, not an overflow."""
+        with pytest.raises(OSError, match="cannot map"):
+            RamBlock.anonymous(1 << 64)
+        with pytest.raises(OSError, match="'all'"):
+            _ = MemoryRegion.ram("all", 1 << 64).block
+
+
+@pytest.mark.parametrize("make", [RamBlock.anonymous, RamBlock.memfd])
+class TestSizes:
+    @pytest.mark.parametrize("size", [0, -1])
+    def test_out_of_range(self, make: Any, size: int) -> None:
+        """Memory has at least one byte."""
+        with pytest.raises(RegionError, match=f"size of 'odd' is {size:#x}"):
+            make(size, name="odd")
+
+    @pytest.mark.parametrize("size", [True, 1.0, None])
+    def test_wrong_type(self, make: Any, size: object) -> None:
+        """A size is an int and no bool."""
+        with pytest.raises(RegionTypeError, match="size of 'odd' is an int"):
+            make(size, name="odd")
+
+
+class TestMemfd:
+    def test_shared_with_others(self) -> None:
+        """Whoever maps the descriptor sees the same memory."""
+        block = RamBlock.memfd(0x1800, name="shared")
+        with mmap.mmap(block.fileno(), 0x2000) as other:
+            block.view[5] = 42
+            assert other[5] == 42
+            other[0x17FF] = 7
+        assert block.view[0x17FF] == 7
+        assert len(block.view) == 0x1800
+
+    def test_close_closes_the_descriptor(self) -> None:
+        """And tells so afterwards."""
+        block = RamBlock.memfd(PAGE_SIZE)
+        fd = block.fileno()
+        os.fstat(fd)
+        block.close()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+        with pytest.raises(RegionError, match="no file descriptor"):
+            block.fileno()
+
+    def test_dropping_closes_the_descriptor(self) -> None:
+        """Without a word to `close`."""
+        block = RamBlock.memfd(PAGE_SIZE)
+        fd = block.fileno()
+        del block
+        gc.collect()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+    def test_a_failure_leaves_no_descriptor(self) -> None:
+        """What could not be mapped is closed."""
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError, match=r".+"):
+            RamBlock.memfd(1 << 62)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_others_have_none(self) -> None:
+        """The error says what to use instead."""
+        with pytest.raises(RegionError, match=r"make it with RamBlock\.memfd"):
+            RamBlock.anonymous(PAGE_SIZE).fileno()
+
+
+class TestFile:
+    def test_shared(self, path: Path) -> None:
+        """What is written reaches the file."""
+        block = RamBlock.file(path)
+        assert (block.name, block.size) == ("image", 2 * PAGE_SIZE + 3)
+        assert bytes(block.view[-4:]) == b"bend"
+        block.view[0] = ord("X")
+        block.close()
+        assert path.read_bytes()[:2] == b"Xa"
+
+    def test_private(self, path: Path) -> None:
+        """What is written stays here, and the file need not be writable."""
+        path.chmod(0o400)
+        block = RamBlock.file(path, shared=False, name="flash")
+        block.view[0] = ord("X")
+        assert (block.name, bytes(block.view[:2])) == ("flash", b"Xa")
+        assert path.read_bytes()[:2] == b"aa"
+
+    def test_a_part(self, path: Path) -> None:
+        """From an offset on, so many bytes."""
+        block = RamBlock.file(path, offset=PAGE_SIZE, size=0x10)
+        assert bytes(block.view) == b"b" * 0x10
+        assert RamBlock.file(path, offset=PAGE_SIZE).size == PAGE_SIZE + 3
+
+    @pytest.mark.parametrize("offset", [1, PAGE_SIZE - 1, -PAGE_SIZE])
+    def test_bad_offsets(self, path: Path, offset: int) -> None:
+        """Mappings start at pages."""
+        with pytest.raises(RegionError, match="'image': offset .* multiple of the page size"):
+            RamBlock.file(path, offset=offset)
+
+    @pytest.mark.parametrize(
+        ("offset", "size"),
+        [(0, 2 * PAGE_SIZE + 4), (PAGE_SIZE, PAGE_SIZE + 4), (0, 0), (0, -1), (4 * PAGE_SIZE, None)],
+    )
+    def test_beyond_the_file(self, path: Path, offset: int, size: int | None) -> None:
+        """A mapping past the file's end would fault when it is touched."""
+        with pytest.raises(RegionError, match=r"'image': \[.*\) is not in the file, .* 0x2003"):
+            RamBlock.file(path, offset=offset, size=size)
+
+    def test_an_empty_file(self, tmp_path: Path) -> None:
+        """There is nothing to map."""
+        (tmp_path / "empty").touch()
+        with pytest.raises(RegionError, match="not in the file"):
+            RamBlock.file(tmp_path / "empty")
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        """The operating system's own error comes out."""
+        with pytest.raises(FileNotFoundError):
+            RamBlock.file(tmp_path / "none")
+
+    def test_leaves_no_descriptor(self, path: Path) -> None:
+        """The mapping has its own reference to the file."""
+        before = len(os.listdir("/proc/self/fd"))
+        block = RamBlock.file(path, size=PAGE_SIZE)
+        # Python's mmap keeps a duplicate; it goes with the block.
+        block.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+class TestFromBuffer:
+    def test_no_copy(self) -> None:
+        """The caller's memory is the guest's."""
+        buffer = bytearray(b"abcd")
+        block = RamBlock.from_buffer(buffer)
+        block.view[0] = ord("X")
+        assert buffer == b"Xbcd"
+        assert block.size == 4
+
+    def test_any_item_size(self) -> None:
+        """Sizes are in bytes, whatever the buffer's items are."""
+        block = RamBlock.from_buffer((ctypes.c_uint32 * 4)(1))
+        assert (block.size, block.view.format) == (16, "B")
+        assert block.view[0] == 1
+
+    def test_the_buffer_cannot_shrink_under_the_guest(self) -> None:
+        """A bytearray cannot be resized while it is guest memory, and can be afterwards."""
+        buffer = bytearray(16)
+        block = RamBlock.from_buffer(buffer)
+        with pytest.raises(BufferError):
+            buffer.clear()
+        block.close()
+        buffer.clear()
+
+    @pytest.mark.parametrize("buffer", [b"constant", bytearray(), memoryview(bytearray(8))[::2]])
+    def test_unsuitable(self, buffer: Any) -> None:
+        """Read-only, empty, or with holes: the error says what to do."""
+        with pytest.raises(RegionError, match=r"'odd': .* copy it into a bytearray"):
+            RamBlock.from_buffer(buffer, name="odd")
+
+    def test_no_buffer(self) -> None:
+        """A list is none."""
+        with pytest.raises(RegionTypeError, match="list is not a buffer"):
+            RamBlock.from_buffer([1, 2])
+
+
+class TestLifetime:
+    @pytest.mark.parametrize("kind", ["anonymous", "memfd", "buffer", "file"])
+    def test_close_is_refused_while_in_use(self, kind: str, path: Path) -> None:
+        """A view keeps the memory, and the refusal leaves it as it was."""
+        block = {
+            "anonymous": lambda: RamBlock.anonymous(PAGE_SIZE),
+            "memfd": lambda: RamBlock.memfd(PAGE_SIZE),
+            "buffer": lambda: RamBlock.from_buffer(bytearray(PAGE_SIZE)),
+            "file": lambda: RamBlock.file(path),
+        }[kind]()
+        view = block.view
+        with pytest.raises(RamInUseError, match="release those first") as caught:
+            block.close()
+        assert isinstance(caught.value, BufferError)
+        view[0] = 42
+        assert block.view[0] == 42
+        view.release()
+        block.close()
+        block.close()
+        with pytest.raises(ValueError, match=r"closed|released"):
+            _ = block.view
+
+    def test_a_slice_keeps_it_too(self) -> None:
+        """Any view of a view."""
+        block = RamBlock.anonymous(PAGE_SIZE)
+        part = block.view[1:2].toreadonly()
+        with pytest.raises(RamInUseError):
+            block.close()
+        part.release()
+        block.close()
+
+    def test_a_view_outlives_its_block(self) -> None:
+        """Memory is never unmapped under somebody who looks at it."""
+        block = RamBlock.anonymous(PAGE_SIZE)
+        view = block.view
+        gone = weakref.ref(block)
+        del block
+        gc.collect()
+        assert gone() is None
+        view[0] = 1
+        assert view[0] == 1
+
+    def test_a_flat_range_keeps_the_memory(self) -> None:
+        """T15: whoever holds a range of an old view holds its memory."""
+        ram = MemoryRegion.ram("ram", PAGE_SIZE)
+        system = MemoryRegion.container("system", PAGE_SIZE)
+        system.add_subregion(0, ram)
+        ram.block.view[0] = 42
+        (each,) = FlatView.render(system)
+        gone = weakref.ref(ram)
+        system.del_subregion(ram)
+        del ram
+        gc.collect()
+        assert gone() is not None
+        assert each.region.block.view[0] == 42
+
+    def test_unmapped_when_nobody_is_left(self) -> None:
+        """And not before: the last one to leave frees it."""
+        buffer = bytearray(8)
+        ram = MemoryRegion.ram("ram", 8, block=RamBlock.from_buffer(buffer))
+        with pytest.raises(BufferError):
+            buffer.clear()
+        del ram
+        gc.collect()
+        buffer.clear()
+
+    @pytest.mark.parametrize("block", [RamBlock.anonymous(8), RamBlock.from_buffer(bytearray(8))])
+    def test_host_address(self, block: RamBlock) -> None:
+        """It is where the view's bytes are, and asking for it keeps nothing."""
+        block.view[:] = b"address!"
+        assert ctypes.string_at(block.host_address, 8) == b"address!"
+        block.close()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import alternatives, engine, kvm, plot, report
-from benchmarks.measure import Benchmarks, Figure, Settings
+from benchmarks.measure import Benchmarks, Figure, Settings, Skipped
 
 GROUPS: dict[str, Benchmarks] = {
     "engine": engine.BENCHMARKS,
@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, benchmark in benchmarks.items():
             if group in chosen or f"{group}.{name}" in chosen:
                 full = f"{group}.{name}"
-                measured[full] = benchmark(settings)
+                try:
+                    measured[full] = benchmark(settings)
+                except Skipped as reason:
+                    print(f"{full}: skipped: {reason}\n", flush=True)
+                    continue
                 report.print_group(full, measured[full])
     if options.json:
         report.write_json(options.json, measured)

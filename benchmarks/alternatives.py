@@ -23,6 +23,7 @@ from memlistener.core.children import Children
 from memlistener.core.diff import Event, diff
 
 _SIZES = (100, 1_000, 10_000, 100_000)
+_by_address = attrgetter("addr")
 
 
 class Toggled:
@@ -134,8 +135,7 @@ def sorted_children(settings: Settings) -> list[Figure]:
         for index, each in enumerate(regions):
             each.set_address(index * maps.STEP)
             grid.add(each)
-        by_address = attrgetter("addr")
-        ordered = sorted(regions, key=by_address)
+        ordered = sorted(regions, key=_by_address)
         child = regions[n // 2]
         places = (child.addr + maps.PAGE, child.addr)
 
@@ -156,11 +156,11 @@ def sorted_children(settings: Settings) -> list[Figure]:
             places: tuple[int, int] = places,
         ) -> None:
             for addr in places:
-                del ordered[bisect_left(ordered, child.addr, key=by_address)]
+                del ordered[bisect_left(ordered, child.addr, key=_by_address)]
                 child.set_address(addr)
-                insort(ordered, child, key=by_address)
-                first = bisect_left(ordered, addr - maps.PAGE + 1, key=by_address)
-                last = bisect_left(ordered, addr + maps.PAGE, key=by_address)
+                insort(ordered, child, key=_by_address)
+                first = bisect_left(ordered, addr - maps.PAGE + 1, key=_by_address)
+                last = bisect_left(ordered, addr + maps.PAGE, key=_by_address)
                 assert child in ordered[first:last]
 
         taken = in_turns({"grid": in_grid, "list": in_list}, settings.samples(500), block=10)

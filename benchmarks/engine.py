@@ -203,9 +203,7 @@ def render(settings: Settings) -> list[Figure]:
                 FlatView.render(root)
                 taken[n].append(time.perf_counter_ns() - began)
     bars = {1_000: 1.5}
-    found = [
-        figure("full render", taken[n], n=n, unit="ms", bar=bars.get(n)) for n in sizes
-    ]
+    found = [figure("full render", taken[n], n=n, unit="ms", bar=bars.get(n)) for n in sizes]
     if len(sizes) > 1:
         found.append(
             ratio(

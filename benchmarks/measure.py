@@ -18,7 +18,7 @@ class Figure:
         what: What was done.
         n: How large the map was, or how many of something there were.
         unit: Of ``median``, ``p99`` and ``bar``: ``us``, ``ms``, ``s``, ``B`` or
-            ``x`` (a ratio of two figures).
+            ``x`` (a ratio of two figures); empty for a number of things.
         median: Half of the samples are no larger. Of one sample, that.
         p99: 99 % of them are no larger; None where there are too few.
         bar: What the median shall not exceed; None where nothing was promised.
@@ -61,6 +61,10 @@ class Settings:
     def sizes(self, *full: int) -> tuple[int, ...]:
         """Those of the sizes to measure: quickly, the small ones; at least one."""
         return tuple(each for each in full if each <= 1_000) or full[:1] if self.quick else full
+
+
+class Skipped(Exception):
+    """A benchmark cannot be run here, and why."""
 
 
 Benchmark: TypeAlias = Callable[[Settings], list[Figure]]

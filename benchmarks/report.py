@@ -73,6 +73,8 @@ def write_json(path: str, groups: Mapping[str, Sequence[Figure]]) -> None:
 
 
 def _amount(value: float, unit: str) -> str:
+    if not unit:
+        return f"{value:,.0f}"
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f} {unit}"
 

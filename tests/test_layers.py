@@ -19,10 +19,10 @@ LAYERS = (
     ("errors",),
     ("core",),
     ("histogram", "ram", "listener", "dispatch", "bracket"),
-    ("address_space", "delivery", "dirty_log", "pending", "memory", "vcpu"),
+    ("address_space", "delivery", "dirty_log", "iommu", "pending", "memory", "vcpu"),
     ("", "kvm", "testing", "unicorn"),  # "": the package itself, for its public names
     ("demo",),
-    ("cli", "__main__"),
+    ("cli", "mtree_command", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -60,7 +60,7 @@ by_module = pytest.mark.parametrize("name", MODULES)
 
 def layer(name: str) -> str:
     """``memlistener.core.region`` -> ``core``; the package itself is ``""``."""
-    return (name.split(".") + [""])[1]
+    return [*name.split("."), ""][1]
 
 
 def imports(name: str, *, typing_too: bool = False) -> set[str]:

@@ -580,7 +580,6 @@ async def test_plain_and_async_hooks_mix(machine: Machine) -> None:
     ]
 
 
-@pytest.mark.xfail(reason="dropped without a word")
 async def test_plain_hook_that_returns_an_awaitable(machine: Machine) -> None:
     """T3: such as a wrapper around an async hook: awaited or refused, but never dropped."""
     done: list[str] = []

@@ -100,6 +100,22 @@ async def test_two_spaces_with_one_root(machine: Machine) -> None:
     assert machine.space.view != second.view
 
 
+@pytest.mark.xfail(reason="an empty view is false, and taken for none")
+async def test_two_spaces_with_one_root_that_becomes_empty(machine: Machine) -> None:
+    """T10, F7: the second one's listeners hear of it too."""
+    root = MemoryRegion.container("root", 0x1000)
+    device = MemoryRegion.io("device", 0x100, None)
+    root.add_subregion(0, device)
+    spaces = [machine.memory.create_address_space(name, root) for name in ("one", "two")]
+    listener = RecordingListener()
+    await machine.memory.register(listener, spaces[1])
+    listener.clear()
+    async with machine.memory.transaction():
+        root.del_subregion(device)
+    assert [len(space.view) for space in spaces] == [0, 0]
+    assert listener.trace == ["begin", "region_del [0x0, 0x100) device+0x0", "commit"]
+
+
 async def test_create_inside_a_transaction(machine: Machine) -> None:
     """T1, T13: refused, since the tree is neither what it was nor final."""
     async with machine.memory.transaction():
@@ -145,7 +161,6 @@ async def test_destroy_inside_a_transaction(machine: Machine) -> None:
     assert machine.memory.address_spaces == (machine.space,)
 
 
-@pytest.mark.xfail(reason="destroy_address_space does not look for a replay under way")
 async def test_destroy_while_a_listener_registers(machine: Machine) -> None:
     """T8: no listener ends up with an address space that is gone."""
     outcome: list[object] = []
@@ -162,7 +177,6 @@ async def test_destroy_while_a_listener_registers(machine: Machine) -> None:
     assert machine.memory.address_spaces == (machine.space,)
 
 
-@pytest.mark.xfail(reason="register looks for the space before its turn only")
 async def test_destroy_before_a_waiting_listener_gets_its_turn(machine: Machine) -> None:
     """T8: registering then finds that the address space is gone."""
     waiting = RecordingListener()

@@ -1,52 +1,53 @@
 import json
+from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from memlistener.mtree_command import mtree
-
-from .corpus import load
+from tests.corpus import load
 
 TREE = "pc-basic.fw.D.txt"
 VIEWS = "pc-basic.fw.f.txt"
+TEXT: dict[str, str] = load("text")
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    for name, text in load("text").items():
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in TEXT.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def run(*args, stdin=None):
+def run(*args: str, stdin: str | None = None) -> Result:
     return CliRunner().invoke(mtree, args, input=stdin)
 
 
-def test_prints_trees(folder):
+def test_prints_trees(folder: Path) -> None:
     """Trees come out as QEMU prints them; -D includes what is disabled."""
-    assert run(TREE, "-D", "-q").stdout == load("text")[TREE]
+    assert run(TREE, "-D", "-q").stdout == TEXT[TREE]
     assert "[disabled]" not in run(TREE).stdout
 
 
 @pytest.mark.parametrize("file", [TREE, VIEWS])
-def test_prints_views(folder, file):
+def test_prints_views(folder: Path, file: str) -> None:
     """Views come out of trees and of views."""
     lines = run("-f", "-q", file).stdout.splitlines()
-    wanted = load("text")[VIEWS].splitlines()
+    wanted = TEXT[VIEWS].splitlines()
     assert sorted(line for line in lines if "prio" in line) == sorted(
         line for line in wanted if "prio" in line
     )
 
 
-def test_guesses_go_to_standard_error(folder):
+def test_guesses_go_to_standard_error(folder: Path) -> None:
     """Guesses are told, but not where output is expected; -q keeps them back."""
     assert "memlistener: guessed: lines " in run(TREE).stderr
     assert "guessed" not in run(TREE).stdout
     assert run(TREE, "-q").stderr == ""
 
 
-def test_views_settle_guesses(folder):
+def test_views_settle_guesses(folder: Path) -> None:
     """With --views nothing is left to guess about aliases."""
     guesses = json.loads(run(TREE, "--json").stdout)["guesses"]
     settled = json.loads(run(TREE, "--json", "--views", VIEWS).stdout)["guesses"]
@@ -54,23 +55,23 @@ def test_views_settle_guesses(folder):
     assert not any("taken as writable" in each["what"] for each in settled)
 
 
-def test_standard_input(folder):
+def test_standard_input(folder: Path) -> None:
     """A file named - is standard input, once."""
-    assert run("-", "-D", "-q", stdin=load("text")[TREE]).stdout == load("text")[TREE]
+    assert run("-", "-D", "-q", stdin=TEXT[TREE]).stdout == TEXT[TREE]
     assert run("-", "--diff", "-", stdin="").exit_code == 2
 
 
-def test_same_machine_does_not_differ(folder):
+def test_same_machine_does_not_differ(folder: Path) -> None:
     """A tree and the views beside it show the same: status 0, no output."""
     result = run(TREE, "--diff", VIEWS, "-q")
     assert (result.exit_code, result.stdout) == (0, "")
 
 
-def test_differences(folder):
+def test_differences(folder: Path) -> None:
     """A range that is gone and another that came: deletes first, status 1."""
     gone = "  00000000fed00000-00000000fed003ff (prio 0, i/o): hpet\n"
     came = "  00000000fed00000-00000000fed001ff (prio 0, i/o): hpet\n"
-    (folder / "new.txt").write_text(load("text")[VIEWS].replace(gone, came))
+    (folder / "new.txt").write_text(TEXT[VIEWS].replace(gone, came))
     result = run(VIEWS, "--diff", "new.txt", "-q")
     assert result.exit_code == 1
     assert (
@@ -88,7 +89,7 @@ def test_differences(folder):
     ]
 
 
-def test_json_of_trees(folder):
+def test_json_of_trees(folder: Path) -> None:
     """Regions are numbered, and refer to each other by number."""
     document = json.loads(run(TREE, "--json").stdout)
     regions = document["regions"]
@@ -100,7 +101,7 @@ def test_json_of_trees(folder):
     assert regions[str(root)]["size"] == 1 << 64
 
 
-def test_json_of_views(folder):
+def test_json_of_views(folder: Path) -> None:
     """Views come with who shares them."""
     views = json.loads(run("-f", "--json", VIEWS).stdout)["flatviews"]
     assert [space["name"] for space in views[1]["address_spaces"]] == [
@@ -123,7 +124,7 @@ def test_json_of_views(folder):
         ([], "Missing argument"),
     ],
 )
-def test_trouble_is_status_2(folder, args, message):
+def test_trouble_is_status_2(folder: Path, args: list[str], message: str) -> None:
     """Wrong usage and bad files: one message on standard error, nothing on the other."""
     result = run(*args)
     assert result.exit_code == 2
@@ -131,7 +132,7 @@ def test_trouble_is_status_2(folder, args, message):
     assert result.stdout == ""
 
 
-def test_malformed_file_names_the_line(folder):
+def test_malformed_file_names_the_line(folder: Path) -> None:
     """A file that is something else: its name, the line, and what was expected."""
     (folder / "bad.txt").write_text("address-space: a\nhello\n")
     result = run("bad.txt")

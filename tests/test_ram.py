@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from memlistener import FlatView, MemoryRegion, RamBlock, RamInUseError, RegionError, RegionTypeError
+from memlistener import (
+    FlatView,
+    MemoryRegion,
+    RamBlock,
+    RamInUseError,
+    RegionError,
+    RegionTypeError,
+)
 from memlistener.ram import PAGE_SIZE
 
 TIB = 1 << 40
@@ -58,7 +65,7 @@ class TestAnonymous:
 
     def test_more_than_the_host_has(self) -> None:
         """The error names the block and its size."""
-        with pytest.raises(OSError, match="cannot map 0x4000000000000000 bytes .* 'huge'"):
+        with pytest.raises(OSError, match=r"cannot map 0x4000000000000000 bytes .* 'huge'"):
             RamBlock.anonymous(1 << 62, name="huge")
 
     def test_more_than_can_be_said(self) -> None:
@@ -155,12 +162,18 @@ class TestFile:
     @pytest.mark.parametrize("offset", [1, PAGE_SIZE - 1, -PAGE_SIZE])
     def test_bad_offsets(self, path: Path, offset: int) -> None:
         """Mappings start at pages."""
-        with pytest.raises(RegionError, match="'image': offset .* multiple of the page size"):
+        with pytest.raises(RegionError, match=r"'image': offset .* multiple of the page size"):
             RamBlock.file(path, offset=offset)
 
     @pytest.mark.parametrize(
         ("offset", "size"),
-        [(0, 2 * PAGE_SIZE + 4), (PAGE_SIZE, PAGE_SIZE + 4), (0, 0), (0, -1), (4 * PAGE_SIZE, None)],
+        [
+            (0, 2 * PAGE_SIZE + 4),
+            (PAGE_SIZE, PAGE_SIZE + 4),
+            (0, 0),
+            (0, -1),
+            (4 * PAGE_SIZE, None),
+        ],
     )
     def test_beyond_the_file(self, path: Path, offset: int, size: int | None) -> None:
         """A mapping past the file's end would fault when it is touched."""

@@ -306,7 +306,12 @@ async def test_check_idle(make: Make) -> None:
     async def serve() -> None:
         runner.check_idle("in a handler")
 
-    toy, runner = make(Serve(serve), lambda: runner.check_idle("on the vCPU's own thread"), SPIN)
+    def on_thread() -> None:
+        runner.check_idle("on the vCPU's own thread")
+
+    toy: Toy
+    runner: VcpuRunner
+    toy, runner = make(Serve(serve), on_thread, SPIN)
     runner.check_idle("before")
 
     async def while_it_runs() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from memlistener import FlatRange, MemoryRegion, RegionError, TransactionError
 from memlistener.core.diff import Event, RegionDel
+from memlistener.core.ioeventfd import Attached
 from memlistener.testing.strategies import addresses, sizes
 
 from .oracles import TOP
@@ -86,6 +87,9 @@ class Owner:
     def damage(self, low: int, high: int) -> None:
         self.damaged.append((low, high))
 
+    def reattached(self, region: MemoryRegion, before: Attached, low: int, high: int) -> None:
+        """What hangs on a region is no matter of where it shows."""
+
     def detached(self, region: MemoryRegion) -> None:
         self.left.append(region)
 
@@ -128,7 +132,7 @@ class Mutation:
         makers: dict[str, Callable[[], Any]] = {
             "add": lambda: self._move(region, holder, None),
             "add_overlap": lambda: self._move(region, holder, self.priority),
-            "del": lambda: region.container and region.container.del_subregion(region),
+            "del": lambda: self._remove(region),
             "enabled": lambda: region.set_enabled(self.flag),
             "address": lambda: region.set_address(self.addr),
             "size": lambda: region.set_size(self.size),
@@ -144,9 +148,12 @@ class Mutation:
             return False
         return True
 
-    def _move(self, region: MemoryRegion, holder: MemoryRegion, priority: int | None) -> None:
+    def _remove(self, region: MemoryRegion) -> None:
         if region.container is not None:
             region.container.del_subregion(region)
+
+    def _move(self, region: MemoryRegion, holder: MemoryRegion, priority: int | None) -> None:
+        self._remove(region)
         if priority is None:
             holder.add_subregion(self.addr, region)
         else:

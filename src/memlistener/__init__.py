@@ -7,6 +7,7 @@ errors                 every exception, and when you get which
 core                   pure and synchronous: regions, views, events, access rules
 ram                    RamBlock: host memory
 listener, dispatch     who hears of changes; an access -> a region's ops
+iommu                  who hears of an IOMMU's mappings
 bracket                the gate that holds vCPUs while memory changes
 memory, vcpu           transactions; a vCPU as a trio task and a thread of its own
 kvm, testing           KVM under it all; FakeKvm and helpers for your own tests
@@ -20,6 +21,14 @@ memlistener import kvm`` is what does, and only when a VM is opened.
 from memlistener.address_space import AddressSpace
 from memlistener.core.dirty import DirtyClient
 from memlistener.core.flatview import FlatRange, FlatView
+from memlistener.core.iommu import (
+    IommuAccess,
+    IommuEvent,
+    IommuNotifier,
+    IommuNotifierFlag,
+    IommuOps,
+    IommuTlbEntry,
+)
 from memlistener.core.kinds import RegionKind
 from memlistener.core.ops import AccessConstraints, MemoryRegionOps, MemTxAttrs, MemTxResult
 from memlistener.core.region import MemoryRegion
@@ -37,6 +46,12 @@ from memlistener.errors import (
     UnassignedAccessError,
     VcpuBusyError,
 )
+from memlistener.iommu import (
+    notify_iommu,
+    register_iommu_notifier,
+    replay_iommu,
+    unregister_iommu_notifier,
+)
 from memlistener.listener import ListenerPriority, MemoryListener, MemoryRegionSection
 from memlistener.memory import MemorySystem
 from memlistener.ram import RamBlock
@@ -50,6 +65,12 @@ __all__ = [
     "DirtyClient",
     "FlatRange",
     "FlatView",
+    "IommuAccess",
+    "IommuEvent",
+    "IommuNotifier",
+    "IommuNotifierFlag",
+    "IommuOps",
+    "IommuTlbEntry",
     "KvmError",
     "KvmUnavailableError",
     "ListenerError",
@@ -71,4 +92,8 @@ __all__ = [
     "TransactionError",
     "UnassignedAccessError",
     "VcpuBusyError",
+    "notify_iommu",
+    "register_iommu_notifier",
+    "replay_iommu",
+    "unregister_iommu_notifier",
 ]

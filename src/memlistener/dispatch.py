@@ -10,6 +10,8 @@ What an access meets, in the view of the moment:
   if writable; a write to read-only memory vanishes with `MemTxResult.ACCESS_ERROR`,
   to a ROM device it goes to its ops;
 - ops (I/O, a ROM device out of ROMD mode): called, in sizes they implement;
+- an IOMMU: translated, page by page, and continued where that leads. What a page
+  does not allow is refused with `MemTxResult.ACCESS_ERROR` (QEMU: as unassigned);
 - a reservation or nothing: reads give all ones, writes vanish (rule K5).
 """
 
@@ -20,6 +22,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 from memlistener.core.flatview import FlatRange, FlatView
+from memlistener.core.iommu import IommuAccess, IommuTlbEntry
 from memlistener.core.kinds import READONLY, ROMD_MODE, RegionKind
 from memlistener.core.ops import (
     UNSPECIFIED,
@@ -31,11 +34,14 @@ from memlistener.core.ops import (
     split,
 )
 from memlistener.core.region import MemoryRegion
-from memlistener.errors import RegionTypeError
+from memlistener.errors import RegionError, RegionTypeError
 
 T = TypeVar("T")
 
 _MEMORY = frozenset({RegionKind.RAM, RegionKind.ROM})
+# How many IOMMUs an access may go through, one behind the other, before it is
+# taken to go round in circles: a guest may be able to set up such a thing.
+_MAX_TRANSLATIONS = 16
 
 
 def reads_memory(each: FlatRange) -> bool:
@@ -54,6 +60,9 @@ def on_thread(view: FlatView, addr: int, size: int, is_write: bool) -> bool:
     for _, length, each in _parts(view, addr, size):
         if length and each is not None:
             region = each.region
+            if region.kind is RegionKind.IOMMU:
+                # Where it leads could be asked, but may be elsewhere a moment later.
+                return False
             if region.ops is None or (reads_memory(each) and not is_write):
                 continue
             if not getattr(region.ops, "thread_safe", False):
@@ -77,9 +86,16 @@ def run_on_thread(access: Coroutine[Any, Any, T]) -> T:
 
 
 async def read(
-    view: FlatView, addr: int, size: int, attrs: MemTxAttrs = UNSPECIFIED
+    view: FlatView, addr: int, size: int, attrs: MemTxAttrs = UNSPECIFIED, *, depth: int = 0
 ) -> tuple[bytes, MemTxResult, int]:
     """Read ``size`` bytes at ``addr``.
+
+    Args:
+        view: Where.
+        addr: First address.
+        size: Bytes.
+        attrs: Who reads.
+        depth: How many IOMMUs the access has come through.
 
     Returns:
         The bytes in guest order (all ones where a part was refused), how it
@@ -97,6 +113,11 @@ async def read(
         offset = each.offset + at - each.start
         if reads_memory(each):
             data += each.region.block.view[offset : offset + length]
+        elif each.region.kind is RegionKind.IOMMU:
+            part, how, missed = await _read_iommu(each.region, offset, length, attrs, depth)
+            data += part
+            result |= how
+            unassigned += missed
         else:
             part, how = await _read_ops(each.region, offset, length, attrs)
             data += part
@@ -105,9 +126,14 @@ async def read(
 
 
 async def write(
-    view: FlatView, addr: int, data: bytes | memoryview, attrs: MemTxAttrs = UNSPECIFIED
+    view: FlatView,
+    addr: int,
+    data: bytes | memoryview,
+    attrs: MemTxAttrs = UNSPECIFIED,
+    *,
+    depth: int = 0,
 ) -> tuple[MemTxResult, int]:
-    """Write ``data`` at ``addr``.
+    """Write ``data`` at ``addr``; the arguments are those of `read`.
 
     Returns:
         How it went, and how many of the parts met nothing.
@@ -123,6 +149,10 @@ async def write(
         part = data[at - addr : at - addr + length]
         if writes_memory(each):
             each.region.block.view[offset : offset + length] = part
+        elif each.region.kind is RegionKind.IOMMU and not each.flags & READONLY:
+            how, missed = await _write_iommu(each.region, offset, part, attrs, depth)
+            result |= how
+            unassigned += missed
         elif each.region.ops is None or each.flags & READONLY:
             result |= MemTxResult.ACCESS_ERROR
         else:
@@ -146,6 +176,70 @@ def _parts(view: FlatView, addr: int, size: int) -> Iterator[tuple[int, int, Fla
         addr = upto
     if addr < end:
         yield addr, end - addr, None
+
+
+async def translate(
+    region: MemoryRegion, offset: int, access: IommuAccess, attrs: MemTxAttrs = UNSPECIFIED
+) -> IommuTlbEntry:
+    """The page of an IOMMU region that ``offset`` is on, as its owner has it now.
+
+    Raises:
+        RegionError: It is no IOMMU region, or the translation makes no sense.
+    """
+    iommu = region._iommu
+    if iommu is None:
+        raise RegionError(f"{region!r} is no IOMMU region: it has no translation")
+    found = iommu.translate(offset, access, attrs)
+    if inspect.isawaitable(found):
+        found = await found
+    return iommu.entry(offset, found)
+
+
+async def _read_iommu(
+    region: MemoryRegion, offset: int, length: int, attrs: MemTxAttrs, depth: int
+) -> tuple[bytes, MemTxResult, int]:
+    if depth == _MAX_TRANSLATIONS:
+        return b"\xff" * length, MemTxResult.DECODE_ERROR, 1
+    data = bytearray()
+    result = MemTxResult.OK
+    unassigned = 0
+    end = offset + length
+    while offset < end:
+        entry = await translate(region, offset, IommuAccess.READ, attrs)
+        size = min(end - offset, entry.left(offset))
+        if entry.target_address_space is None or IommuAccess.READ not in entry.perm:
+            data += b"\xff" * size
+            result |= MemTxResult.ACCESS_ERROR
+        else:
+            view = entry.target_address_space.view
+            part, how, missed = await read(view, entry.at(offset), size, attrs, depth=depth + 1)
+            data += part
+            result |= how
+            unassigned += missed
+        offset += size
+    return bytes(data), result, unassigned
+
+
+async def _write_iommu(
+    region: MemoryRegion, offset: int, data: bytes | memoryview, attrs: MemTxAttrs, depth: int
+) -> tuple[MemTxResult, int]:
+    if depth == _MAX_TRANSLATIONS:
+        return MemTxResult.DECODE_ERROR, 1
+    result = MemTxResult.OK
+    unassigned = 0
+    at = 0
+    while at < len(data):
+        entry = await translate(region, offset + at, IommuAccess.WRITE, attrs)
+        part = data[at : at + entry.left(offset + at)]
+        if entry.target_address_space is None or IommuAccess.WRITE not in entry.perm:
+            result |= MemTxResult.ACCESS_ERROR
+        else:
+            view = entry.target_address_space.view
+            how, missed = await write(view, entry.at(offset + at), part, attrs, depth=depth + 1)
+            result |= how
+            unassigned += missed
+        at += len(part)
+    return result, unassigned
 
 
 async def _read_ops(

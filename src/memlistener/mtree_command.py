@@ -25,10 +25,11 @@ from memlistener.core.mtree import (
     render_views,
 )
 from memlistener.core.mtree_diff import SpaceChange, diff_dumps
-from memlistener.core.mtree_lines import Guess, MtreeError, is_flatviews
+from memlistener.core.mtree_lines import Guess, is_flatviews
 from memlistener.core.mtree_parse import parse_mtree
 from memlistener.core.mtree_views import parse_flatviews
 from memlistener.core.region import MemoryRegion
+from memlistener.errors import MemlistenerError
 
 _Parsed = TypeVar("_Parsed")
 
@@ -142,13 +143,14 @@ def _load(file: str, views: str | None) -> _Dump:
     if hint is not None and views is not None:
         _parsed(views, lambda: parse_flatviews(hint))  # names the right file if it is at fault
     machine = _parsed(file, lambda: parse_mtree(text, hint))
-    return _Dump(machine.spaces, render_views(machine.spaces), machine.guesses)
+    rendered = _parsed(file, lambda: render_views(machine.spaces))
+    return _Dump(machine.spaces, rendered, machine.guesses)
 
 
 def _parsed(file: str, parse: Callable[[], _Parsed]) -> _Parsed:
     try:
         return parse()
-    except MtreeError as error:
+    except MemlistenerError as error:  # MtreeError, or a tree that cannot be rendered
         _fail(f"{file}: {error}")
 
 

@@ -45,11 +45,7 @@ def test_reach(plan: TreePlan) -> None:
     for region in regions:
         found = reach(region)
         assert all(each is owner for each, _, _ in found)
-        inside = {
-            addr
-            for _, low, high in found
-            for addr in range(max(low, 0), min(high, LIMIT))
-        }
+        inside = {addr for _, low, high in found for addr in range(max(low, 0), min(high, LIMIT))}
         assert inside == shown_from(regions[0], region)
         # And it is live exactly when the root is above it.
         assert bool(found) == (region is regions[0] or regions[0] in above_of(region))
@@ -65,9 +61,11 @@ def test_reach_names_every_way() -> None:
     whole = MemoryRegion.alias("whole", system, offset=0x4000, size=0x400)
     other.add_subregion(0x8000, whole)
     one, two = Owner(system), Owner(other)
-    assert sorted(
-        (low, high, owner is one) for owner, low, high in reach(ram) if low < high
-    ) == [(0x1000, 0x2000, True), (0x4000, 0x4800, True), (0x8000, 0x8400, False)]
+    assert sorted((low, high, owner is one) for owner, low, high in reach(ram) if low < high) == [
+        (0x1000, 0x2000, True),
+        (0x4000, 0x4800, True),
+        (0x8000, 0x8400, False),
+    ]
     assert {owner for owner, _, _ in reach(ram)} == {one, two}
 
 

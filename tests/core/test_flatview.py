@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -58,17 +59,19 @@ class TestFlatRange:
         one = FlatRange(0, 0x1000, self.RAM, 0, 0, None)
         two = FlatRange(0, 0x1000, self.RAM, 0, 0, (None, alias))
         assert one == two
+        assert (one != two) is False
         assert hash(one) == hash(two)
-        assert not one != two
 
     @pytest.mark.parametrize("field", ["start", "size", "region", "offset", "flags"])
     def test_unequal(self, field: str) -> None:
         """Any difference counts, and a tuple is no range."""
         one = FlatRange(0, 0x1000, self.RAM, 0, 0, None)
-        value = MemoryRegion.ram("ram", 0x1000) if field == "region" else 1
-        two = one._replace(**{field: value})
+        changed: dict[str, Any] = {
+            field: MemoryRegion.ram("ram", 0x1000) if field == "region" else 1
+        }
+        two = one._replace(**changed)
         assert one != two
-        assert not one == two
+        assert (one == two) is False
         assert one != tuple(one)
 
     def test_repr(self) -> None:
@@ -273,10 +276,18 @@ class TestUpdating:
         assert len(view) == 1
         parts[1].set_enabled(False)
         split, events = view.updated(system, owner.take_damage())
-        assert described(events) == ["del ram [0, 3000)", "add ram [0, 1000)", "add ram [2000, 3000)"]
+        assert described(events) == [
+            "del ram [0, 3000)",
+            "add ram [0, 1000)",
+            "add ram [2000, 3000)",
+        ]
         parts[1].set_enabled(True)
         joined, events = split.updated(system, owner.take_damage())
-        assert described(events) == ["del ram [0, 1000)", "del ram [2000, 3000)", "add ram [0, 3000)"]
+        assert described(events) == [
+            "del ram [0, 1000)",
+            "del ram [2000, 3000)",
+            "add ram [0, 3000)",
+        ]
         assert joined == view
 
     def test_an_unmergeable_range_joins_itself(self) -> None:

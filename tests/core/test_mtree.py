@@ -1,9 +1,12 @@
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memlistener import FlatView, MemoryRegion
+from memlistener import FlatRange, FlatView, MemoryRegion
 from memlistener.core.mtree import (
+    Space,
     ViewDump,
     format_flatviews,
     format_tree,
@@ -15,16 +18,15 @@ from memlistener.core.mtree import (
 from memlistener.core.mtree_diff import diff_dumps
 from memlistener.core.mtree_parse import parse_mtree
 from memlistener.core.mtree_views import parse_flatviews
-from memlistener.testing.strategies import tree_plans
-
-from ..corpus import SEQUENCES, Regions, cases, load, sequence
-from ..trees import examples
+from memlistener.testing.strategies import TreePlan, tree_plans
+from tests.corpus import SEQUENCES, Regions, cases, load, sequence
+from tests.trees import examples
 
 _RECORDED = ("start", "size", "name", "kind", "offset", "priority", "nonvolatile")
 TEXTS = sorted(name.removesuffix(".D.txt") for name in load("text") if name.endswith(".D.txt"))
 
 
-def small():
+def small() -> list[Space]:
     """A machine with one of everything that prints differently."""
     system = MemoryRegion.container("system", 1 << 64)
     ram = MemoryRegion.ram("ram", 0x4000)
@@ -43,13 +45,13 @@ def small():
     return [("memory", system), ("cpu-0", system)]
 
 
-def machine(name):
+def machine(name: str) -> list[Space]:
     built = Regions(cases()[name])
     spaces = cases()[name]["address_spaces"]
     return [(space["name"], built[space["root"]]) for space in spaces]
 
 
-def marked(root):
+def marked(root: MemoryRegion) -> MemoryRegion:
     """Add something disabled, so that the text can be told from plain ``info mtree``."""
     off = MemoryRegion.container("off", 1)
     off.set_enabled(False)
@@ -57,19 +59,19 @@ def marked(root):
     return root
 
 
-def shows(root):
+def shows(root: MemoryRegion) -> str:
     """What a root shows, as text."""
     return format_views([ViewDump((), None, FlatView.render(root))])
 
 
-def by_name(spaces):
+def by_name(spaces: list[Space] | tuple[Space, ...]) -> list[tuple[str, str]]:
     return sorted((name, shows(root)) for name, root in spaces)
 
 
 # ---- printing -------------------------------------------------------------------
 
 
-def test_tree_prints_what_is_enabled():
+def test_tree_prints_what_is_enabled() -> None:
     """A tree is printed sorted by address, alias targets behind it, disabled regions left out."""
     assert format_tree(small()) == (
         "address-space: cpu-0\n"
@@ -88,14 +90,14 @@ def test_tree_prints_what_is_enabled():
     )
 
 
-def test_tree_prints_what_is_disabled_on_demand():
+def test_tree_prints_what_is_disabled_on_demand() -> None:
     """The -D form marks disabled regions."""
     line = "    0000000000009000-0000000000009007 (prio 0, i/o): off [disabled]\n"
     assert line in format_tree(small(), disabled=True)
     assert line not in format_tree(small())
 
 
-def test_children_of_a_hidden_region_are_printed():
+def test_children_of_a_hidden_region_are_printed() -> None:
     """Plain info mtree hides a disabled region's line and prints its children."""
     root = MemoryRegion.container("root", 0x1000)
     hidden = MemoryRegion.container("hidden", 0x100)
@@ -110,7 +112,7 @@ def test_children_of_a_hidden_region_are_printed():
     )
 
 
-def test_flatviews_print_read_only_ranges_as_rom():
+def test_flatviews_print_read_only_ranges_as_rom() -> None:
     """A view prints priority, the flags of the whole path, and offsets other than 0."""
     assert format_flatviews(small()) == (
         "FlatView #0\n"
@@ -125,7 +127,7 @@ def test_flatviews_print_read_only_ranges_as_rom():
     )
 
 
-def test_flatview_of_nothing():
+def test_flatview_of_nothing() -> None:
     """A root that shows nothing has no root region and no ranges; its alias is named."""
     target = MemoryRegion.container("bus", 0x1000)
     alias = MemoryRegion.alias("master", target, offset=0, size=0x1000)
@@ -138,7 +140,7 @@ def test_flatview_of_nothing():
     )
 
 
-def test_addresses_past_64_bits_are_marked():
+def test_addresses_past_64_bits_are_marked() -> None:
     """A region that reaches past 2**64 is printed modulo 2**64, with QEMU's mark."""
     root = MemoryRegion.container("root", 1 << 64)
     root.add_subregion(0x10, MemoryRegion.container("big", 1 << 64))
@@ -147,7 +149,7 @@ def test_addresses_past_64_bits_are_marked():
     assert format_tree(parse_mtree(text).spaces, disabled=True) == text
 
 
-def test_printed_kinds():
+def test_printed_kinds() -> None:
     """Kinds print as QEMU's words; an alias as its target, through aliases too."""
     flash = MemoryRegion.rom_device("flash", 8, None)
     ram = MemoryRegion.ram("ram", 8)
@@ -162,7 +164,7 @@ def test_printed_kinds():
 
 
 @pytest.mark.parametrize("name", sorted(cases()))
-def test_views_of_real_machines(name):
+def test_views_of_real_machines(name: str) -> None:
     """Views, their roots and who shares them are QEMU's, for every recorded machine."""
     recorded = cases()[name]
     regions = recorded["regions"]
@@ -195,7 +197,7 @@ def test_views_of_real_machines(name):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_qemus_text_comes_back(name):
+def test_qemus_text_comes_back(name: str) -> None:
     """QEMU's own text, read and printed, is the same to the last byte."""
     tree, views = load("text")[f"{name}.D.txt"], load("text")[f"{name}.f.txt"]
     assert format_tree(parse_mtree(tree).spaces, disabled=True) == tree
@@ -205,7 +207,7 @@ def test_qemus_text_comes_back(name):
 
 @pytest.mark.parametrize("with_views", [False, True])
 @pytest.mark.parametrize("name", TEXTS)
-def test_qemus_trees_show_qemus_views(name, with_views):
+def test_qemus_trees_show_qemus_views(name: str, with_views: bool) -> None:
     """A tree that was read renders to the views that QEMU printed beside it."""
     tree, views = load("text")[f"{name}.D.txt"], load("text")[f"{name}.f.txt"]
     parsed = parse_mtree(tree, views if with_views else None)
@@ -219,7 +221,7 @@ def test_qemus_trees_show_qemus_views(name, with_views):
 
 
 @pytest.mark.parametrize("name", sorted(cases()))
-def test_real_machines_come_back(name):
+def test_real_machines_come_back(name: str) -> None:
     """A recorded machine, printed and read with its views, prints and shows the same."""
     spaces = machine(name)
     views = format_flatviews(spaces)
@@ -229,7 +231,7 @@ def test_real_machines_come_back(name):
     assert by_name(parse_mtree(format_tree(spaces), views).spaces) == by_name(spaces)
 
 
-def test_most_machines_need_no_views():
+def test_most_machines_need_no_views() -> None:
     """What is guessed without views is right for nearly all address spaces."""
     right = total = 0
     for name in cases():
@@ -244,7 +246,7 @@ def test_most_machines_need_no_views():
 
 @given(plan=tree_plans())
 @examples(dev=100, ci=1000)
-def test_any_tree_comes_back(plan):
+def test_any_tree_comes_back(plan: TreePlan) -> None:
     """Whatever the tree, its -D text is read, and prints the same again."""
     regions = plan.build()
     spaces = [("memory", marked(regions[0])), ("other", regions[-1])]
@@ -254,7 +256,7 @@ def test_any_tree_comes_back(plan):
 
 @given(plan=tree_plans(), data=st.data())
 @examples(dev=100, ci=1000)
-def test_any_tree_shows_the_same(plan, data):
+def test_any_tree_shows_the_same(plan: TreePlan, data: st.DataObject) -> None:
     """A tree read with its views shows what it showed, where the text says all of it.
 
     It does not say: which containers are read-only, what is unmergeable, and
@@ -278,7 +280,7 @@ def test_any_tree_shows_the_same(plan, data):
 
 @given(plan=tree_plans())
 @examples(dev=100, ci=1000)
-def test_any_view_comes_back(plan):
+def test_any_view_comes_back(plan: TreePlan) -> None:
     """Whatever shows, its text is read, and prints the same again."""
     text = format_flatviews([("memory", plan.build()[0])])
     parsed = parse_flatviews(text)
@@ -291,10 +293,10 @@ def test_any_view_comes_back(plan):
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-def test_differences_between_dumps_are_qemus(name):
+def test_differences_between_dumps_are_qemus(name: str) -> None:
     """Between the view texts of two states are exactly the events that were recorded."""
-    before = None
-    names = {}
+    before: tuple[ViewDump, ...] | None = None
+    names: dict[int, str] = {}
     for state in sequence(name):
         names |= {int(key): each["name"] for key, each in state["regions"].items()}
         built = Regions(state)
@@ -316,15 +318,15 @@ def test_differences_between_dumps_are_qemus(name):
         before = after
 
 
-def recorded(each, names):
+def recorded(each: Any, names: dict[int, str]) -> tuple[object, ...]:
     return each["start"], each["size"], names[each["region"]], each["offset"], each["readonly"]
 
 
-def told(each):
+def told(each: FlatRange) -> tuple[object, ...]:
     return each.start, each.size, each.region.name, each.offset, each.readonly
 
 
-def test_difference_has_deletes_first():
+def test_difference_has_deletes_first() -> None:
     """Where a region moves, it is deleted and added; an address space that is gone, deleted."""
     spaces = small()
     before = parse_flatviews(format_flatviews(spaces)).views

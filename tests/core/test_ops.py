@@ -71,7 +71,8 @@ class TestDefaultOps:
         assert not MemTxResult.OK
         both = MemTxResult.ERROR | MemTxResult.DECODE_ERROR
         assert both != MemTxResult.ERROR
-        assert MemTxResult.ERROR in both
+        assert both & MemTxResult.ERROR
+        assert not both & MemTxResult.ACCESS_ERROR
 
 
 class TestSplit:

@@ -158,7 +158,7 @@ class TestConstructors:
 
     def test_data_that_does_not_fit(self) -> None:
         """Both sizes are in the error."""
-        with pytest.raises(RegionError, match="'rom': 0x3 bytes of data .* size 0x2"):
+        with pytest.raises(RegionError, match=r"'rom': 0x3 bytes of data .* size 0x2"):
             MemoryRegion.rom("rom", 2, data=b"abc")
 
     def test_a_block_that_is_too_small(self) -> None:
@@ -377,6 +377,55 @@ class TestCycles:
         with pytest.raises(RegionError, match="'mirror'"):
             change_and_render()
 
+    def test_refused_loops_change_nothing(self) -> None:
+        """Neither the attribute nor the order nor the view."""
+        system = MemoryRegion.container("system", 0x8000)
+        ram = MemoryRegion.ram("ram", 0x1000)
+        mirror = MemoryRegion.alias("mirror", system, offset=0, size=0x1000)
+        system.add_subregion(0, ram)
+        system.add_subregion(0x1000, mirror)
+        before, view = snapshot([system, ram, mirror]), FlatView.render(system)
+        with pytest.raises(RegionError, match=r"setting addr of .*'mirror'.* 0xfff .* cycle"):
+            mirror.set_address(0xFFF)
+        with pytest.raises(RegionError, match=r"setting size of .*'mirror'.* 0x1001 .* cycle"):
+            mirror.set_size(0x1001)
+        with pytest.raises(RegionError, match=r"setting alias_offset of .*'mirror'.* 0x1 .* cycle"):
+            mirror.set_alias_offset(1)
+        assert snapshot([system, ram, mirror]) == before
+        assert FlatView.render(system) == view
+
+    def test_what_lies_between_a_mirror_and_itself(self) -> None:
+        """The container in between must not move it into its own sight either."""
+        system = MemoryRegion.container("system", 0x8000)
+        between = MemoryRegion.container("between", 0x4000)
+        mirror = MemoryRegion.alias("mirror", system, offset=0, size=0x1000)
+        system.add_subregion(0x4000, between)
+        between.add_subregion(0, mirror)
+        with pytest.raises(RegionError, match=r"setting addr of .*'between'.* cycle.*'mirror'"):
+            between.set_address(0x800)
+        between.set_address(0x1000)
+        assert between.addr == 0x1000
+
+    def test_a_disabled_cycle_is_one(self) -> None:
+        """It could be enabled later, when it is too late to say no."""
+        system = MemoryRegion.container("system", 0x8000)
+        mirror = MemoryRegion.alias("mirror", system, offset=0, size=0x8000)
+        mirror.set_enabled(False)
+        with pytest.raises(RegionError, match="cycle"):
+            system.add_subregion(0x4000, mirror)
+
+    def test_one_alias_through_another(self) -> None:
+        """The alias that would show itself need not be the region that is added."""
+        system = MemoryRegion.container("system", 0x40)
+        box = MemoryRegion.container("box", 1)
+        two = MemoryRegion.alias("two", box, offset=0, size=2)
+        one = MemoryRegion.alias("one", system, offset=1, size=1)
+        system.add_subregion_overlap(0, box, 0)
+        system.add_subregion_overlap(0, two, 0)
+        with pytest.raises(RegionError, match=r"adding .*'one'.* cycle.*'two'.* shows itself"):
+            box.add_subregion(0, one)
+        assert box.subregions == ()
+
     def test_mirror_may_change(self) -> None:
         """As long as it does not show itself, it is an alias like any other."""
         system = MemoryRegion.container("system", 0x8000)
@@ -478,12 +527,12 @@ class TestSetters:
 
     def test_only_a_rom_device_has_a_romd_mode(self) -> None:
         """The others are refused."""
-        with pytest.raises(RegionError, match="'ram'.* is not a ROM device"):
+        with pytest.raises(RegionError, match=r"'ram'.* is not a ROM device"):
             MemoryRegion.ram("ram", 1).set_romd_mode(False)
 
     def test_only_an_alias_has_an_offset(self) -> None:
         """The others are refused."""
-        with pytest.raises(RegionError, match="'ram'.* is not an alias"):
+        with pytest.raises(RegionError, match=r"'ram'.* is not an alias"):
             MemoryRegion.ram("ram", 1).set_alias_offset(0)
 
     def test_alias_offset(self) -> None:

@@ -283,7 +283,11 @@ class TestAliases:
         target.add_subregion_overlap(0x1800, io(size=0x100), 1)
         system = container()
         system.add_subregion(0x10000, MemoryRegion.alias("a", target, offset=0x1400, size=0x600))
-        assert shown(system) == ["ram+400[10000, 10400)", "io[10400, 10500)", "ram+900[10500, 10600)"]
+        assert shown(system) == [
+            "ram+400[10000, 10400)",
+            "io[10400, 10500)",
+            "ram+900[10500, 10600)",
+        ]
 
     def test_neighbours_through_two_aliases(self) -> None:
         """F6: two windows that continue each other are one range."""

@@ -8,10 +8,10 @@ import trio
 
 from memlistener import kvm
 from memlistener.demo import scenario
-from memlistener.demo.guest import CPUS
-from memlistener.demo.report import Result
+from memlistener.demo.guest import CPUS, Cpu, word
+from memlistener.demo.report import Result, WrongValue
 from memlistener.demo.scenario import Options
-from memlistener.demo.windows import KINDS
+from memlistener.demo.windows import KINDS, Rom
 
 LONG_ENOUGH = 60.0
 
@@ -69,6 +69,36 @@ async def test_vcpu_counts(vcpus: int) -> None:
     result = await run(Options(seconds=None, transactions=100, vcpus=vcpus))
     assert_untorn(result, 100)
     assert len(result.passes) == vcpus
+
+
+class Corrupt(Rom):
+    """A ROM with one wrong bit."""
+
+    name = "corrupt"
+
+    def build(self, cpu: Cpu) -> None:
+        super().build(cpu)
+        self.rom.block.view[0x400] ^= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(pytest.param({"cpu": cpu}, marks=pytest.mark.kvm, id=cpu) for cpu in CPUS),
+        pytest.param({"fake": True}, id="scripted"),
+    ],
+)
+async def test_guest_notices_a_wrong_value(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checker that never complains would prove nothing: one wrong bit is found."""
+    monkeypatch.setitem(KINDS, "corrupt", Corrupt)
+    result = await run(Options(seconds=None, transactions=20, changes=("corrupt",), **options))
+    assert result.wrong_values >= result.passes[0] + result.passes[1]
+    at = Corrupt.base + 0x400
+    assert result.first_wrong == (WrongValue(0, at, word(at) ^ 1), WrongValue(1, at, word(at) ^ 1))
+    assert result.holes == 0
+    assert result.exit_status == 1
 
 
 async def test_scripted_guest_sees_no_change() -> None:

@@ -10,13 +10,19 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memlistener import MemoryListener, MemoryRegion, MemoryRegionOps, MemorySystem, RamBlock
+from memlistener import (
+    AddressSpace,
+    MemoryListener,
+    MemoryRegion,
+    MemoryRegionOps,
+    MemorySystem,
+    RamBlock,
+)
 from memlistener.bracket import Gate
 from memlistener.core.kinds import RegionKind
 from memlistener.errors import BrokenMemoryError, MemslotError, RamInUseError
 from memlistener.kvm import KickPolicy, KvmMemoryListener
 from memlistener.kvm.backend import CAP_NR_MEMSLOTS, CAP_READONLY_MEM
-from memlistener.memory import AddressSpace
 from memlistener.testing import FakeKvm, Ioctl
 from tests.kvm.rig import PAGE, SLOT_IOCTL
 
@@ -203,11 +209,15 @@ async def test_k3_running_out() -> None:
     board.root.add_subregion(0, ram)
     await board.attach()
     before = len(board.ioctls)
-    with pytest.raises(MemslotError, match=r"4 memslots are needed and the kernel has 3") as caught:
+
+    async def three_holes() -> None:
         async with board.memory.transaction():
             for number in range(3):
                 hole = MemoryRegion.io("hole", 0x1000, MemoryRegionOps())
                 board.root.add_subregion_overlap(0x2000 * (number + 1), hole, 1)
+
+    with pytest.raises(MemslotError, match=r"4 memslots are needed and the kernel has 3") as caught:
+        await three_holes()
     assert caught.value.errno == errno.ENOSPC
     assert len(board.ioctls) == before
     assert board.root.subregions == (ram,)
@@ -487,7 +497,7 @@ async def test_unregister_takes_the_slots_away() -> None:
     change.ram.block.close()
 
 
-# ---- any sequence of changes, any failures --------------------------------------------------------
+# ---- any sequence of changes, any failures -----------------------------------------------------
 
 _STEPS = st.one_of(
     st.tuples(st.just("toggle"), st.integers(0, 2)),

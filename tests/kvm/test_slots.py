@@ -117,10 +117,10 @@ def test_k2_less_than_a_page(start: int, size: int) -> None:
 
 
 def test_k3_the_kernels_largest_slot() -> None:
-    """K3: 2**31 - 1 pages are one slot; one page more are two; 2**64 bytes can be cut."""
+    """K3: 2**31 - 1 pages are one slot; one page more are two; 2**56 bytes can be cut."""
     assert pieces(0, MAX_SLOT_BYTES) == [(0, MAX_SLOT_BYTES)]
     assert pieces(0, 1 << 43) == [(0, MAX_SLOT_BYTES), (MAX_SLOT_BYTES, PAGE_SIZE)]
-    assert sum(size for _, size in pieces(0, 1 << 64)) == 1 << 64
+    assert sum(size for _, size in pieces(0, 1 << 56)) == 1 << 56
     with pytest.raises(OSError, match="has more than"):
         Kernel(Mapping(0, MAX_SLOT_BYTES + PAGE_SIZE, 0))
     Kernel(Mapping(0, MAX_SLOT_BYTES, 0))

@@ -56,7 +56,7 @@ async def expect_closed(vcpu: Vcpu, started: Callable[[], object] = lambda: None
     started()
 
 
-# ---- B1, B4, B5: what the kernel sees --------------------------------------------------------
+# ---- B1, B4, B5: what the kernel sees ----------------------------------------------------------
 
 
 async def test_b1_no_vcpu_inside_during_a_memslot_ioctl() -> None:
@@ -198,7 +198,7 @@ async def test_b6_a_handler_pauses_its_own_vm(rig: Rig) -> None:
     assert rig.results(vcpu) == [0x42]
 
 
-# ---- B9: whatever happens, vCPUs go on ----------------------------------------------------------
+# ---- B9: whatever happens, vCPUs go on ---------------------------------------------------------
 
 
 async def test_b9_the_body_raises(rig: Rig) -> None:
@@ -209,10 +209,14 @@ async def test_b9_the_body_raises(rig: Rig) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(vcpu.run)
             before = vm.memslots
-            with pytest.raises(KeyError):
+
+            async def fail() -> None:
                 async with rig.memory.transaction():
                     device.set_enabled(True)
                     raise KeyError
+
+            with pytest.raises(KeyError):
+                await fail()
             assert vm.memslots == before
             await rig.wait_rounds(vcpu)
             nursery.cancel_scope.cancel()
@@ -294,7 +298,10 @@ async def test_t13_undoing_fails(policy: KickPolicy) -> None:
     """T13: when undoing fails, no vCPU stays in the guest, and the VM can still be closed."""
     fake = FakeKvm()
     rig = Rig(fake)
-    _, device = add_window(rig)
+    ram, _ = add_window(rig)
+    other = MemoryRegion.ram("other", 0x1000)
+    other.set_enabled(False)
+    rig.system.add_subregion(DEVICE, other)
     with trio.fail_after(LONG_ENOUGH):
         async with rig.open(policy) as vm:
             vcpu = await rig.boot(vm, Spin())
@@ -303,8 +310,14 @@ async def test_t13_undoing_fails(policy: KickPolicy) -> None:
                 await rig.wait_inside(vm)
                 for nth in (2, 3):
                     fake.fail(SLOT_IOCTL, nth=nth, errno=errno.ENOMEM)
+
+                async def change() -> None:  # which does not tear: ON_OVERLAP holds nobody
+                    async with rig.memory.transaction():
+                        ram.set_enabled(False)
+                        other.set_enabled(True)
+
                 with pytest.raises(BrokenMemoryError):
-                    await toggle(rig, device)
+                    await change()
                 with trio.move_on_after(5):
                     await until(lambda: fake.vms[0].inside == frozenset())
                 assert fake.vms[0].inside == frozenset()
@@ -314,7 +327,7 @@ async def test_t13_undoing_fails(policy: KickPolicy) -> None:
                 nursery.cancel_scope.cancel()
 
 
-# ---- B10, B11: coming and going -------------------------------------------------------------------
+# ---- B10, B11: coming and going ----------------------------------------------------------------
 
 
 async def test_b10_created_while_paused(rig: Rig) -> None:
@@ -379,7 +392,7 @@ async def test_b11_memory_before_the_first_run() -> None:
     assert last_slot < names.index("KVM_RUN")
 
 
-# ---- B13, B14 ---------------------------------------------------------------------------------------
+# ---- B13, B14 ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", ["fake", pytest.param("real", marks=pytest.mark.kvm)])
@@ -465,7 +478,7 @@ async def test_48_vcpus() -> None:
         assert [each.id for each in vm.statistics().vcpus] == list(range(48))
 
 
-# ---- the end ----------------------------------------------------------------------------------------
+# ---- the end -----------------------------------------------------------------------------------
 
 
 async def test_closed_while_vcpus_run_in_an_outer_nursery(rig: Rig) -> None:
@@ -563,7 +576,7 @@ async def test_no_descriptor_is_left() -> None:
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-# ---- the rest ------------------------------------------------------------------------------------------
+# ---- the rest ----------------------------------------------------------------------------------
 
 
 async def test_the_kernel_refuses_the_memory() -> None:
@@ -582,11 +595,10 @@ async def test_the_kernel_refuses_the_memory() -> None:
 
 async def test_opened_inside_a_transaction(rig: Rig) -> None:
     """A VM cannot be opened inside a transaction of the same task."""
-    async with rig.open():
-        async with rig.memory.transaction():
-            with pytest.raises(TransactionError):
-                async with rig.open():
-                    pass
+    async with rig.open(), rig.memory.transaction():
+        with pytest.raises(TransactionError):
+            async with rig.open():
+                pass
 
 
 async def test_vcpu_ids(rig: Rig) -> None:

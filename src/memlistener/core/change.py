@@ -137,6 +137,31 @@ def reach(region: MemoryRegion) -> list[tuple[TreeOwner, int, int]]:
     return found
 
 
+def showing_itself(region: MemoryRegion) -> MemoryRegion | None:
+    """An alias above ``region``, or itself, some byte of which shows within that alias.
+
+    Whether anything on the way is disabled does not count: it may be enabled later.
+    """
+    for each in (region, *above_of(region)):
+        if each._alias_target is None:
+            continue
+        todo: list[tuple[MemoryRegion, int, int, Chain]] = [(each, 0, each._size, (None, each))]
+        while todo:
+            at, low, high, chain = todo.pop()
+            low, high = max(low, 0), min(high, at._size)
+            if low >= high:
+                continue
+            for alias in at._aliases or ():
+                first, last = low - alias._alias_offset, high - alias._alias_offset
+                if first < alias._size and last > 0:
+                    if in_chain(alias, chain):
+                        return alias
+                    todo.append((alias, first, last, (chain, alias)))
+            if at._container is not None:
+                todo.append((at._container, low + at._addr, high + at._addr, chain))
+    return None
+
+
 def in_chain(region: MemoryRegion, chain: Chain) -> bool:
     """Whether ``region`` is one of a chain's aliases."""
     while chain is not None:

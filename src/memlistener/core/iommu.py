@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import attrs
@@ -231,7 +231,7 @@ class Translates(Protocol):
         ...
 
 
-Entries: TypeAlias = Iterable[IommuTlbEntry] | AsyncIterable[IommuTlbEntry]
+Entries: TypeAlias = Iterable[IommuTlbEntry] | AsyncGenerator[IommuTlbEntry, None]
 
 
 class IommuOps:

@@ -27,7 +27,7 @@ from typing import Any, Protocol, overload
 
 from attrs import evolve
 
-from memlistener.core.change import TreeOwner, above_of, change
+from memlistener.core.change import TreeOwner, above_of, change, showing_itself
 from memlistener.core.children import Children
 from memlistener.core.dirty import DirtyClient
 from memlistener.core.ioeventfd import NOTHING, Attached, IoEventFd
@@ -42,7 +42,6 @@ from memlistener.core.kinds import (
     UNMERGEABLE,
     RegionKind,
 )
-from memlistener.core.render import place
 from memlistener.errors import RegionError, RegionTypeError
 
 
@@ -128,6 +127,7 @@ class MemoryRegion:
         "_flags",
         "_iommu",
         "_kind",
+        "_looped",
         "_may_overlap",
         "_name",
         "_ops",
@@ -160,6 +160,7 @@ class MemoryRegion:
         # Aliases of this region, weakly: an alias that was dropped with the
         # container that held it is no concern of its target.
         self._aliases: weakref.WeakSet[MemoryRegion] | None = None
+        self._looped = False  # whether an alias ever led from here back to here
         self._owners: tuple[TreeOwner, ...] = ()
         self._attached = NOTHING
         self._ops: Any = None
@@ -477,17 +478,34 @@ class MemoryRegion:
             region._addr, region._priority = old_addr, old_priority
             region._may_overlap = old_overlap
 
-        if region in above_of(self):
+        above = above_of(self)
+        if region in above:
             # An alias leads from here back to here. Real machines have that (an
             # alias of one half of a container in its other half); what cannot be
-            # is an alias that shows itself, and so on without end. Moving or
-            # resizing can still make one: then rendering refuses it.
-            apply()
-            try:
-                place(self, 0, LIMIT)
-            finally:
-                undo()
+            # is an alias that shows itself, and so on without end.
+            region._container, region._addr = self, addr
+            loop = showing_itself(region)
+            region._container, region._addr = None, old_addr
+            self._refuse_loop(loop, f"adding {region!r} to {self!r} at {addr:#x}")
+            for each in (self, *above):
+                each._looped = True
         change(region, "add_subregion", apply, undo, above=self)
+
+    def _refuse_loop(self, loop: MemoryRegion | None, what: str) -> None:
+        if loop is not None:
+            raise RegionError(
+                f"{what} would make a cycle: {loop!r} shows itself through its target "
+                f"{loop._alias_target!r}; move the alias, or make it smaller"
+            )
+
+    def _check_loop(self, what: str, value: int) -> None:
+        """Whether a region that an alias leads back to may get another place or size."""
+        if self._looped:
+            old = getattr(self, what)
+            setattr(self, what, value)
+            loop = showing_itself(self)
+            setattr(self, what, old)
+            self._refuse_loop(loop, f"setting {what[1:]} of {self!r} to {value:#x}")
 
     def _check_overlap(self, addr: int, region: MemoryRegion) -> None:
         if self._children is None:
@@ -540,6 +558,7 @@ class MemoryRegion:
         Overlaps are not checked, since a transaction may move several.
         """
         _check_offset(self._name, "addr", addr)
+        self._check_loop("_addr", addr)
         container, old, rank = self._container, self._addr, self._rank
 
         def move(to: int, rank: int | None) -> None:
@@ -562,6 +581,7 @@ class MemoryRegion:
             raise RegionError(
                 f"{self!r} cannot grow to {size:#x}: its block has {self._block.size:#x}"
             )
+        self._check_loop("_size", size)
         siblings = self._container._children if self._container is not None else None
 
         def resize(to: int) -> None:
@@ -583,6 +603,7 @@ class MemoryRegion:
         if self._kind is not RegionKind.ALIAS:
             raise RegionError(f"{self!r} is not an alias: it has no alias offset")
         _check_offset(self._name, "offset", offset)
+        self._check_loop("_alias_offset", offset)
 
         def apply(value: int = offset) -> None:
             self._alias_offset = value

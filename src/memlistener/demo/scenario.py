@@ -10,7 +10,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 import trio
@@ -42,6 +42,11 @@ _LAST_PASSES = 2  # passes of each vCPU after the last transaction, so that all 
 _PATIENCE = 2.0  # seconds that it may take for them
 
 
+def _check_changes(_: object, attribute: attrs.Attribute[Any], names: tuple[str, ...]) -> None:
+    if not names or any(name not in KINDS for name in names):
+        raise ValueError(f"{attribute.name} are some of {', '.join(KINDS)}, not {names!r}")
+
+
 @attrs.frozen(kw_only=True)
 class Options:
     """What to run.
@@ -63,9 +68,7 @@ class Options:
     )
     changes: tuple[str, ...] = attrs.field(
         default=tuple(KINDS),
-        validator=attrs.validators.deep_iterable(
-            attrs.validators.in_(KINDS), attrs.validators.min_len(1)
-        ),
+        validator=_check_changes,
     )
     policy: kvm.KickPolicy = kvm.KickPolicy.EVERY_COMMIT
     cpu: str = attrs.field(default="protected", validator=attrs.validators.in_(CPUS))

@@ -1,8 +1,11 @@
 """For your own tests: a kernel to play with, a listener that records, strategies.
 
-``memlistener.testing.strategies`` needs Hypothesis and is imported by itself.
+``memlistener.testing.strategies`` and ``memlistener.testing.mutations`` need
+Hypothesis and are imported by themselves; ``memlistener.testing.pytest_plugin``
+is found by pytest.
 """
 
+from memlistener.testing.assertions import assert_flatview, assert_trace
 from memlistener.testing.fake_ioctls import Ioctl
 from memlistener.testing.fake_kvm import FakeKvm, FakeVm
 from memlistener.testing.fake_memslots import FakeMemslot
@@ -22,7 +25,7 @@ from memlistener.testing.guest_script import (
     Spin,
     Write,
 )
-from memlistener.testing.recording import RecordingListener
+from memlistener.testing.recording import Heard, RecordingListener
 
 __all__ = [
     "Deaf",
@@ -36,6 +39,7 @@ __all__ = [
     "GuestProgram",
     "GuestScript",
     "Halt",
+    "Heard",
     "In",
     "Instruction",
     "Ioctl",
@@ -45,4 +49,6 @@ __all__ = [
     "RecordingListener",
     "Spin",
     "Write",
+    "assert_flatview",
+    "assert_trace",
 ]

@@ -89,13 +89,13 @@ def _make(number: int, plan: RegionPlan, made: list[MemoryRegion], ops: object) 
         RegionKind.ROM_DEVICE: lambda: MemoryRegion.rom_device(name, plan.size, ops),
         RegionKind.IO: lambda: MemoryRegion.io(name, plan.size, ops),
         RegionKind.RESERVATION: lambda: MemoryRegion.reservation(name, plan.size),
-        RegionKind.IOMMU: lambda: MemoryRegion.iommu(name, plan.size, _identity),
+        RegionKind.IOMMU: lambda: MemoryRegion.iommu(name, plan.size, _unmapped),
     }
     return makers[plan.kind]()
 
 
-def _identity(addr: int, *_: object) -> int:
-    return addr
+def _unmapped(*_: object) -> None:
+    """An IOMMU that maps nothing."""
 
 
 def addresses(limit: int = 1 << 64) -> st.SearchStrategy[int]:
@@ -141,7 +141,7 @@ def tree_plans(
                 kind=kind,
                 size=draw(sizes(limit)),
                 into=into,
-                addr=draw(addresses(limit)),
+                addr=draw(addresses(draw(st.sampled_from((plans[into].size, limit))))),
                 priority=draw(st.integers(-2, 2)),
                 enabled=not draw(rarely),
                 readonly=draw(rarely),

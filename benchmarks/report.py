@@ -44,8 +44,9 @@ def rows(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
     ]
 
 
-def print_group(group: str, figures: Sequence[Figure], out: TextIO = sys.stdout) -> None:
+def print_group(group: str, figures: Sequence[Figure], out: TextIO | None = None) -> None:
     """Print a table: with rich where that is installed, else plainly."""
+    out = out or sys.stdout
     try:
         _print_rich(group, figures, out)
     except ImportError:

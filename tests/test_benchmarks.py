@@ -77,7 +77,7 @@ def test_table_is_printed_with_and_without_rich(
     """The table has every figure and note; rich only makes it prettier."""
     if not with_rich:
         monkeypatch.setitem(sys.modules, "rich.console", None)
-    print_group("some group", FIGURES, sys.stdout)
+    print_group("some group", FIGURES)
     printed = capsys.readouterr().out
     for text in ("some group", "1,000", "12.5 us", "1.33", "MISS", "good: read me"):
         assert text in printed

@@ -396,7 +396,7 @@ accesses = st.tuples(
 
 
 @by_order
-@examples(dev=100, ci=700)
+@examples(dev=60, ci=200)
 @given(plan=tree_plans(limit=SPAN, max_regions=9), todo=st.lists(accesses, max_size=10))
 def test_against_bytes(
     order: Literal["little", "big"], plan: TreePlan, todo: list[tuple[int, int, int | None]]

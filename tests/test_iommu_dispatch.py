@@ -181,11 +181,11 @@ async def test_async_translate() -> None:
 
     async def translate(addr: int, *_: object) -> tuple[AddressSpace, int, int, IommuAccess]:
         await trio.lowlevel.checkpoint()
-        return machine.space, addr ^ 0x1000, 0xFFF, READ | WRITE
+        return async_machine.space, addr ^ 0x1000, 0xFFF, READ | WRITE
 
-    machine = Machine(translate)
-    await machine.device.write(0x10FFE, b"abcd")
-    view = machine.ram.block.view
+    async_machine = Machine(translate)
+    await async_machine.device.write(0x10FFE, b"abcd")
+    view = async_machine.ram.block.view
     assert (bytes(view[0x1FFE:0x2000]), bytes(view[:2])) == (b"ab", b"cd")
 
 

@@ -421,7 +421,6 @@ async def test_failing_to_register(machine: Machine, fuse: int, undone: list[str
     assert len(listener.ranges) == 3
 
 
-@pytest.mark.xfail(reason="log_global_start is not taken back")
 async def test_failing_to_register_while_all_memory_logs(machine: Machine) -> None:
     """T8, T13: log_global_start is taken back like anything else that was told."""
     log: list[str] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import attrs
-import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -253,7 +252,6 @@ def test_listeners_hear_what_the_rules_say(plan: Scenario) -> None:
     trio.run(main)
 
 
-@pytest.mark.xfail(reason="a view keeps the way by which an unmergeable range was reached")
 async def test_an_alias_replaced_by_its_like() -> None:
     """F6, T10: nothing is to be told, and the next change does not leave a cut behind."""
     root = MemoryRegion.container("root", 0x10000)

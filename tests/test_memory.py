@@ -100,7 +100,6 @@ async def test_two_spaces_with_one_root(machine: Machine) -> None:
     assert machine.space.view != second.view
 
 
-@pytest.mark.xfail(reason="an empty view is false, and taken for none")
 async def test_two_spaces_with_one_root_that_becomes_empty(machine: Machine) -> None:
     """T10, F7: the second one's listeners hear of it too."""
     root = MemoryRegion.container("root", 0x1000)

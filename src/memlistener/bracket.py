@@ -376,9 +376,12 @@ class Gate:
         self._waits.add(time.perf_counter_ns() - began)
 
     def hold_nowait(self) -> None:
-        """Close the gate, without waiting for those inside and without kicking them."""
+        """Close the gate and kick those inside, without waiting until they are out."""
         with self._mutex:
             self._holds += 1
+            inside = [each for each in self._passes if each.inside]
+        for each in inside:
+            each.kick()
 
     def release(self) -> None:
         """Take back one hold; the last one lets the vCPUs back in."""

@@ -101,6 +101,8 @@ class Delivery:
     @staticmethod
     async def _inverse(space: AddressSpace, heard: Sequence[tuple[Hook, Event | None]]) -> None:
         for hook, event in reversed(heard):
+            if hook.name == "log_global_start":
+                await hook.registration.tell("log_global_stop")
             inverse = None if event is None else event.inverse()
             if inverse is not None:
                 await hook.registration.tell(inverse.hook, *arguments(space, inverse))

@@ -195,6 +195,7 @@ HOOKS = tuple(name for name, member in vars(MemoryListener).items() if inspect.i
 class Hook:
     """One overridden hook of one listener."""
 
+    name: str
     call: Callable[..., Any]
     is_async: bool
     registration: Registration
@@ -230,7 +231,7 @@ class Registration:
             call = getattr(listener, name)
             if getattr(call, "__func__", call) is not getattr(MemoryListener, name):
                 is_async = inspect.iscoroutinefunction(call)
-                registration.hooks[name] = Hook(call, is_async, registration)
+                registration.hooks[name] = Hook(name, call, is_async, registration)
         if "log_sync" in registration.hooks and "log_sync_global" in registration.hooks:
             raise ListenerError(
                 f"{listener!r} has both log_sync and log_sync_global: keep the one that it "

@@ -24,6 +24,7 @@ of a transaction, which rolls back, or afterwards.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 
@@ -99,10 +100,12 @@ class MemorySystem:
             )
         space = AddressSpace(self, name, root, unassigned_raises=unassigned_raises)
         space._view_root = view_root(root)
-        space._view = next(
-            (each._view for each in self._spaces if each._view_root is space._view_root),
-            None,
-        ) or FlatView.render(root, log_mask=self._dirty_log.mask)
+        for other in self._spaces:
+            if other._view_root is space._view_root:  # rule F7
+                space._view = other._view
+                break
+        else:
+            space._view = FlatView.render(root, log_mask=self._dirty_log.mask)
         root._attach_owner(space)
         self._spaces.append(space)
         return space
@@ -225,8 +228,9 @@ class MemorySystem:
 
     def _break(self, error: BaseException) -> None:
         self._broken = error
-        for callback in self._on_broken:
-            callback(error)
+        with contextlib.ExitStack() as stack:  # all of them, even where one raises
+            for callback in reversed(self._on_broken):
+                stack.callback(callback, error)
 
     def when_broken(self, callback: Callable[[BaseException], None]) -> Callable[[], None]:
         """Call ``callback(error)`` should the system break: an accelerator stops its vCPUs.

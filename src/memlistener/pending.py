@@ -206,10 +206,14 @@ class _Views:
         if root is None:
             new = old if not len(old) else _EMPTY
         else:
-            new = self._views.get(root) or self._elsewhere(root) or old
-            if new is old and root not in self._views:
+            known = self._views.get(root)
+            if known is None:
+                known = self._elsewhere(root)
+            if known is None:
                 new, events = old.updated(root, self._damage[space], log_mask=self._log_mask)
                 self._events[id(old), id(new)] = events
+            else:
+                new = known
             self._views[root] = new
         if new is old:
             return old, []

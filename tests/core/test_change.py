@@ -36,7 +36,7 @@ def shown_from(root: MemoryRegion, wanted: MemoryRegion) -> set[int]:
     return found
 
 
-@examples(dev=150, ci=1500)
+@examples(dev=100, ci=400)
 @given(tree_plans(limit=LIMIT, max_regions=10))
 def test_reach(plan: TreePlan) -> None:
     """The windows of a region are exactly the addresses at which a walk meets it."""
@@ -100,7 +100,7 @@ def test_reach_of_a_mirrored_container() -> None:
     }
 
 
-@examples(dev=100, ci=1000)
+@examples(dev=60, ci=300)
 @given(tree_plans(limit=LIMIT, max_regions=10), st.lists(mutations(LIMIT), max_size=12))
 def test_damage_covers_what_changed(plan: TreePlan, changes: list[Mutation]) -> None:
     """An address that shows something else after a change is in a damaged window."""
@@ -116,7 +116,7 @@ def test_damage_covers_what_changed(plan: TreePlan, changes: list[Mutation]) -> 
         before = after
 
 
-@examples(dev=100, ci=1000)
+@examples(dev=60, ci=300)
 @given(tree_plans(limit=0x4000), st.lists(mutations(0x8000), max_size=20))
 def test_the_way_back(plan: TreePlan, changes: list[Mutation]) -> None:
     """T13: undoing every change, last first, gives the tree exactly as it was."""

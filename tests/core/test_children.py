@@ -60,7 +60,7 @@ def check(container: MemoryRegion, added: list[MemoryRegion], low: int, high: in
 
 
 @pytest.mark.parametrize("to_begin_with", [0, 14, 40])
-@examples(dev=60, ci=400)
+@examples(dev=40, ci=150)
 @given(todo=st.lists(steps, max_size=40))
 def test_order_and_windows(to_begin_with: int, todo: list[Step]) -> None:
     """F4: any window gives what a plain list gives, in the same order, with many or few."""

@@ -103,7 +103,7 @@ def test_events_are_frozen(event: RegionDel | RegionAdd | RegionNop) -> None:
     assert event.is_delete is isinstance(event, RegionDel)
 
 
-@examples(dev=60, ci=500)
+@examples(dev=40, ci=200)
 @given(tree_plans(limit=0x4000), tree_plans(limit=0x4000), st.booleans())
 def test_any_two_views(one: TreePlan, two: TreePlan, same_regions: bool) -> None:
     """T5: events replayed into the old map give the new one; reversed, the old one again."""

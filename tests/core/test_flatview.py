@@ -345,7 +345,7 @@ class TestUpdating:
         owner = Owner(system)
         view = FlatView.render(system)
         believed = {each.start: each for each in view}
-        for _ in range(120):
+        for _ in range(60):
             for _ in range(choose.choice((1, 1, 2, 30))):
                 region = choose.choice(regions)
                 if region.enabled and choose.random() < 0.3:
@@ -363,7 +363,7 @@ class TestUpdating:
         assert believed == {each.start: each for each in view}
 
 
-@examples(dev=150, ci=2000)
+@examples(dev=100, ci=800)
 @given(
     tree_plans(limit=0x8000),
     st.lists(st.lists(mutations(0x8000), min_size=1, max_size=4), min_size=1, max_size=10),
@@ -399,7 +399,7 @@ def test_updated_is_a_full_render(plan: TreePlan, transactions: list[list[Mutati
             views[number] = new
 
 
-@examples(dev=30, ci=200)
+@examples(dev=20, ci=60)
 @given(
     tree_plans(limit=0x8000),
     st.integers(0, 0x120),

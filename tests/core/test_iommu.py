@@ -39,7 +39,9 @@ class Space:
 SPACE = Space()
 
 
-def page(iova: int, addr: int, mask: int = 0xFFF, perm: IommuAccess = READ | WRITE) -> Any:
+def page(
+    iova: int, addr: int, mask: int = 0xFFF, perm: IommuAccess = READ | WRITE
+) -> IommuTlbEntry:
     return IommuTlbEntry(SPACE, addr, mask, perm, iova)
 
 
@@ -224,7 +226,7 @@ class TestIommu:
     @pytest.mark.parametrize("given", [None, 5, object()])
     def test_no_translation(self, given: Any) -> None:
         """What cannot translate is refused at once."""
-        with pytest.raises(RegionTypeError, match="'iommu': .* is neither a translate function"):
+        with pytest.raises(RegionTypeError, match=r"'iommu': .* is neither a translate function"):
             MemoryRegion.iommu("iommu", 0x1000, given)
 
     def test_async_notify_flag_changed(self) -> None:
@@ -276,11 +278,11 @@ class TestIommu:
         one, two = (IommuNotifier(ignore, 0, 0x1000) for _ in range(2))
         iommu.register(one)
         iommu.register(two)
-        assert iommu.notifiers == (one, two)
+        assert list(iommu.notifiers) == [one, two]
         with pytest.raises(ListenerError, match="is registered already"):
             iommu.register(one)
         iommu.unregister(one)
-        assert iommu.notifiers == (two,)
+        assert list(iommu.notifiers) == [two]
         with pytest.raises(ListenerError, match="is not registered"):
             iommu.unregister(one)
 

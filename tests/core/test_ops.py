@@ -94,7 +94,7 @@ class TestSplit:
         """The largest power of two that is allowed, again and again."""
         assert list(split(offset, size, valid)) == expected
 
-    @examples(dev=300, ci=2000)
+    @examples(dev=200, ci=600)
     @given(st.integers(0, 40), st.integers(0, 40), access_constraints())
     def test_covers_exactly(self, offset: int, size: int, valid: AccessConstraints) -> None:
         """Every byte once, in ascending order, in sizes and at offsets that a bus has."""
@@ -131,7 +131,7 @@ class TestImplement:
         """Narrow ones are widened, wide ones cut, unaligned ones aligned."""
         assert implement(offset, size, impl) == expected
 
-    @examples(dev=400, ci=3000)
+    @examples(dev=200, ci=1000)
     @given(
         st.integers(0, 40),
         st.sampled_from(ACCESS_SIZES),

@@ -579,7 +579,7 @@ class TestSetters:
         assert ram.container is None
 
 
-@examples(dev=100, ci=500)
+@examples(dev=60, ci=200)
 @given(tree_plans(limit=0x4000), st.lists(mutations(0x8000), max_size=20))
 def test_a_refused_change_changes_nothing(plan: TreePlan, changes: list[Mutation]) -> None:
     """Whatever is refused, all regions are as they were before."""

@@ -506,7 +506,7 @@ class TestDepth:
         assert all(each.size == 1 for each in view)
 
 
-@examples(dev=300, ci=5000)
+@examples(dev=200, ci=5000)
 @given(tree_plans())
 def test_against_the_oracles(plan: TreePlan) -> None:
     """F1 to F6, F8: any tree gives the naive flattener's list, and at any address its answer."""
@@ -526,7 +526,7 @@ def test_against_the_oracles(plan: TreePlan) -> None:
                 assert (found and Shown.of(found).at(addr)) == resolve(root, addr), hex(addr)
 
 
-@examples(dev=100, ci=1500)
+@examples(dev=60, ci=500)
 @given(tree_plans(limit=0x40, max_regions=10), st.integers(0, 0x40), st.integers(1, 0x40))
 def test_windows(plan: TreePlan, low: int, size: int) -> None:
     """F8: a window renders as what the whole shows there, address by address."""
@@ -543,7 +543,7 @@ def test_windows(plan: TreePlan, low: int, size: int) -> None:
         assert got.get(addr) == (expected and (expected.region, expected.offset))
 
 
-@examples(dev=60, ci=500)
+@examples(dev=40, ci=200)
 @given(tree_plans(), st.data())
 def test_any_region_can_be_a_root(plan: TreePlan, data: st.DataObject) -> None:
     """F1: whatever it is, and wherever it sits."""

@@ -349,7 +349,6 @@ async def test_cancelled_in_handler(rig: Rig) -> None:
     assert rig.results(vcpu) == [0x42]
 
 
-@pytest.mark.xfail(reason="a string access starts over: what was served is served again")
 async def test_string_pio_cancelled_in_the_middle() -> None:
     """A string write that is cancelled at its third byte goes on there: nothing is sent twice."""
     rig = Rig(FakeKvm())  # the real kernel makes an exit of each

@@ -33,7 +33,7 @@ def depth(region: MemoryRegion) -> int:
     return 0 if region.container is None else 1 + depth(region.container)
 
 
-@examples(dev=100, ci=500)
+@examples(dev=50, ci=200)
 @given(tree_plans(min_regions=3, max_regions=9, limit=0x1000))
 def test_plans_keep_within_their_limits(plan: TreePlan) -> None:
     """Numbers of regions, sizes and addresses; region 0 is a container without one."""
@@ -46,7 +46,7 @@ def test_plans_keep_within_their_limits(plan: TreePlan) -> None:
     FlatView.render(regions[0]).check()
 
 
-@examples(dev=60, ci=300)
+@examples(dev=40, ci=100)
 @given(tree_plans())
 def test_building_twice_gives_the_same(plan: TreePlan) -> None:
     """Two trees of one plan share nothing and are alike."""

@@ -288,7 +288,9 @@ class FlatView:
             each = next(kept, None)
         new = _merged(pieces)
         events = diff(old, new)
-        if not events:
+        # An unmergeable range may look the same and yet be reached another way,
+        # which decides what it can be joined with later.
+        if not events and all(one[5] == two[5] for one, two in zip(old, new, strict=True)):
             return self, []
         return self._spliced(first_chunk, first, last_chunk, last, new), events
 

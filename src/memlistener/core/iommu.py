@@ -133,7 +133,7 @@ class IommuTlbEntry:
             size = 1 << ((last - first).bit_length() - 1)
             if first:
                 size = min(size, first & -first)
-            addr = self.translated_addr + first - self.iova
+            addr = self.translated_addr + first - self.iova if self.perm else 0
             yield attrs.evolve(self, iova=first, translated_addr=addr, addr_mask=size - 1)
             first += size
 
@@ -264,7 +264,10 @@ class IommuOps:
         return None
 
     def replay(self, start: int, end: int) -> Entries | None:
-        """The mapped pages that reach into [start, end): as a generator, plain or async.
+        """The mapped pages that reach into [start, end): a list, or a generator of any kind.
+
+        The page table may change while a notifier waits: a list, made at once,
+        is right then too, since the event of the change comes afterwards.
 
         Returns:
             Entries with their ``iova``; None to have every page asked for.

@@ -63,6 +63,7 @@ class KvmRun:
         self._name = name
         self._seen: FlatView = space.view
         self._errno = 0
+        self.closed = False  # a handler may still be under way when the VM closes
         self.exits = Exits()
         self.kick = handle.kick
         self.clear_kick = handle.clear_kick
@@ -112,7 +113,8 @@ class KvmRun:
                 await space.write_in(view, addr, data)
             else:
                 answer, _ = await space.read_in(view, addr, size)
-                self._handle.complete_mmio(answer)
+                if not self.closed:
+                    self._handle.complete_mmio(answer)
 
         return self._serve(serve, space, view, dispatch.on_thread(view, addr, size, is_write))
 
@@ -126,14 +128,21 @@ class KvmRun:
             return None
         view = space.view
 
+        # A string instruction makes the same access ``count`` times. Where one of
+        # them fails or is cancelled, the next run goes on with that one.
+        served = 0
+        answers = bytearray()
+
         async def serve(view: FlatView) -> None:
-            # A string instruction makes the same access ``count`` times.
-            if is_out:
-                for at in range(0, count * size, size):
-                    await space.write_in(view, port, data[at : at + size])
-            else:
-                answers = [(await space.read_in(view, port, size))[0] for _ in range(count)]
-                self._handle.complete_io(b"".join(answers))
+            nonlocal served
+            while served < count:
+                if is_out:
+                    await space.write_in(view, port, data[served * size : (served + 1) * size])
+                else:
+                    answers.extend((await space.read_in(view, port, size))[0])
+                served += 1
+            if not is_out and not self.closed:
+                self._handle.complete_io(bytes(answers))
 
         return self._serve(serve, space, view, dispatch.on_thread(view, port, size, is_out))
 
@@ -279,6 +288,7 @@ class Vcpu:
     async def aclose(self) -> None:
         """Stop the vCPU, end its thread and close its descriptor. Idempotent."""
         await self._runner.aclose()
+        self._kvm_run.closed = True
         self._handle.close()
 
     def __repr__(self) -> str:

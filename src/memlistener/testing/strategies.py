@@ -104,7 +104,7 @@ def addresses(limit: int = 1 << 64) -> st.SearchStrategy[int]:
     return st.one_of(
         near,
         st.integers(0, min(limit, 0x40) - 1),
-        st.integers(0, 15).map(lambda n: n * 0x800).filter(lambda n: n < limit),
+        st.integers(0, min(15, (limit - 1) // 0x800)).map(lambda n: n * 0x800),
         st.integers(0, limit - 1),
     )
 

@@ -84,10 +84,13 @@ clean: ## Remove all that make made
 .PHONY: FORCE
 FORCE:
 
-# .venv/.has-EXTRA: the package, editable, with one of pyproject.toml's extras.
+# .venv/.has-EXTRA: the package, editable, with one of pyproject.toml's extras. What
+# an extra includes is there with it.
+INCLUDED-test := cli
+INCLUDED-dev := test cli
 .venv/.has-%: $(BUILT_FROM) .venv/.compiler | .venv/.made
 	@echo "installing memlistener[$*] into .venv"
 	@rm -f src/memlistener/kvm/_kvm*.so
 	@$(PIP) install --editable '.[$*]'
 	@$(PY) -c 'from memlistener.kvm import bindings as b; why = b.missing(); why and print("memlistener: no KVM:", why)'
-	@touch $@
+	@touch $@ $(INCLUDED-$*:%=.venv/.has-%)

@@ -3,10 +3,9 @@
 Commits are whole transactions in trio, ``async with`` to ``async with``, with
 one listener that implements region_add and region_del and only counts in them.
 
-Commits are measured by the clock. What takes milliseconds, or is measured in
-batches that do, is measured in processor time: it makes no system call and waits
-for nothing, so on an idle machine the two are one, and on a busy one the clock
-would mostly measure the others.
+Everything is measured in processor time. All of it happens on one thread, which
+waits for nothing: on an idle machine that is the time by the clock, and on a busy
+one the clock would mostly measure the others. Reading it adds some 0.6 us to each.
 """
 
 from __future__ import annotations
@@ -62,10 +61,10 @@ class Machine:
     async def commit(self, change: Callable[[], object]) -> int:
         """One transaction, in nanoseconds."""
         memory = self.memory
-        began = time.perf_counter_ns()
+        began = time.thread_time_ns()
         async with memory.transaction():
             change()
-        return time.perf_counter_ns() - began
+        return time.thread_time_ns() - began
 
 
 def commits(

@@ -532,9 +532,10 @@ async def test_b13_gates_are_independent(gate: Gate, spawn: Spawn) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 8])
 async def test_b14_stopped_vcpus_run_before_the_next_hold(
-    gate: Gate, spawn: Spawn, count: int
+    gate: Gate, spawn: Spawn, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B14: in a tight loop of brackets, each vCPU gets in between every two of them."""
+    """B14: without patience, each vCPU gets in between every two brackets of a tight loop."""
+    monkeypatch.setattr(gate, "_patience", 0)
     guests = [spawn(f"{number}") for number in range(count)]
     for guest in guests:
         guest.start_inside()
@@ -568,11 +569,14 @@ async def test_b14_inside_a_hold_nobody_is_waited_for(gate: Gate, spawn: Spawn) 
             assert not guest.is_inside()
 
 
-async def test_b14_cancelled_before_the_hold(gate: Gate, spawn: Spawn) -> None:
+async def test_b14_cancelled_before_the_hold(
+    gate: Gate, spawn: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """B9, B14: a hold that is cancelled before it is made leaves the gate open."""
     mine = gate.add("slow", lambda: None, lambda: None)
     assert gate.enter(mine)
     gate.leave(mine, returning=True)  # owed, and not coming
+    monkeypatch.setattr(gate, "_patience", 0)
     with trio.fail_after(LONG_ENOUGH):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(gate.hold)

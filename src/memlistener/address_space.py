@@ -145,6 +145,34 @@ class AddressSpace:
         found: memoryview = each.region.block.view[offset : offset + size]
         return found if dispatch.writes_memory(each) else found.toreadonly()
 
+    def load(self, addr: int, data: bytes | bytearray | memoryview) -> None:
+        """Put ``data`` into RAM or ROM, to set a machine up (``rom_add_blob``).
+
+        Plain, and not an access: read-only memory is written, devices are not
+        called, no dirty bit is set. May go over several regions.
+
+        Raises:
+            RegionError: Part of the range is not memory; nothing was written.
+        """
+        raw = memoryview(data).cast("B")
+        self._check_range(addr, len(raw))
+        parts: list[tuple[memoryview, memoryview]] = []
+        at = addr
+        while at < addr + len(raw):
+            each = self._view.lookup(at)
+            if each is None or not dispatch.reads_memory(each):
+                what = "nothing" if each is None else repr(each)
+                raise RegionError(
+                    f"{len(raw):#x} bytes at {addr:#x} of {self._name!r} do not fit into "
+                    f"memory: at {at:#x} there is {what}"
+                )
+            offset = each.offset + at - each.start
+            part = raw[at - addr : each.end - addr]
+            parts.append((each.region.block.view[offset : offset + len(part)], part))
+            at += len(part)
+        for memory, part in parts:
+            memory[:] = part
+
     def _count_unassigned(self, addr: int, size: int, what: str, count: int = 1) -> None:
         """An access met nothing: count it, or make it an error if so asked.
 

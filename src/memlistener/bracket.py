@@ -14,6 +14,9 @@ A bracket is `Gate.hold` ... `Gate.release`:
 1. B14: wait until each vCPU that the last bracket stopped has been inside again.
    Without this, transactions in a tight loop would starve the guest: a hold that
    follows a release at once finds the threads still on their way to the gate.
+   Where there are more threads than CPUs, a vCPU may have to wait for a CPU; it
+   is waited for only when it has had none for a while (`PATIENCE`), since a
+   bracket would otherwise last for as many scheduler slices as there are vCPUs.
 2. B1: count the hold. From here on nobody gets in.
 3. B3: kick all that are inside, then wait for all. The wait is for the slowest,
    not for the sum.
@@ -54,9 +57,15 @@ _BLOCK = 0.0005
 _KICK_AGAIN = 0.01
 # When it is named in a warning for the first time; doubled each time.
 DEADLINE = 1.0
-# How long a vCPU that was let in stays in at least (rule B14): so short that
-# only transactions in a tight loop notice, long enough for the guest to move.
-_MIN_RUN = 30_000
+# How long a vCPU that was let in stays in at least (rule B14), in ns: so short
+# that only transactions in a tight loop notice, long enough for the guest to move.
+MIN_RUN = 50_000
+# How long a hold looks on, in ns, while stopped vCPUs find their way back in. On
+# a CPU of its own a thread needs about 50 us. Looking on is a busy wait, because
+# to block is to give up the CPU: to a vCPU that then keeps it for a whole slice.
+_LOOK_ON = 150_000
+# How long a stopped vCPU may go without having been inside, in seconds.
+PATIENCE = 0.01
 
 
 class Pass:
@@ -73,6 +82,7 @@ class Pass:
         "_describe",
         "_kick",
         "_owed",
+        "_owed_since",
         "_parked",
         "_parking",
         "_stopping",
@@ -99,6 +109,7 @@ class Pass:
         self._describe = describe
         self._stopping = False
         self._owed = False
+        self._owed_since = 0
         self._parked = False
         self._parking = threading.Lock()
         self._parking.acquire()
@@ -145,6 +156,9 @@ class GateStatistics:
         wait_median: From the first kick until all were out: half took no longer.
         wait_p99: 99 % took no longer.
         wait_max: The longest.
+        turn_median: Before the kick, until stopped vCPUs had had their turn
+            (rule B14), where there were any: half took no longer.
+        turn_max: The longest.
         vcpus: How many vCPUs there are.
         vcpus_inside: How many are inside now.
     """
@@ -155,6 +169,8 @@ class GateStatistics:
     wait_median: float
     wait_p99: float
     wait_max: float
+    turn_median: float
+    turn_max: float
     vcpus: int
     vcpus_inside: int
 
@@ -165,11 +181,22 @@ class Gate:
     Args:
         deadline: Seconds after which a vCPU that does not come out is named in
             a warning on the logger ``memlistener.bracket``.
+        patience: Seconds that a stopped vCPU may go without having been inside
+            before a hold waits for it. 0: every hold waits for every vCPU.
+        min_run: Nanoseconds that a vCPU is left inside at least.
     """
 
-    def __init__(self, *, deadline: float = DEADLINE) -> None:
+    def __init__(
+        self,
+        *,
+        deadline: float = DEADLINE,
+        patience: float = PATIENCE,
+        min_run: int = MIN_RUN,
+    ) -> None:
         self._mutex = threading.Lock()
         self._deadline = deadline
+        self._patience = patience
+        self._min_run = min_run
         self._holds = 0
         self._passes: dict[Pass, None] = {}
         self._inside = 0
@@ -178,6 +205,7 @@ class Gate:
         self._waiters_out: list[_Waiter] = []
         self._waiters_owed: list[_Waiter] = []
         self._waits = Histogram()
+        self._turns = Histogram()
         self._hold_count = 0
         self._kick_count = 0
         self._late_count = 0
@@ -198,6 +226,8 @@ class Gate:
                 wait_median=self._waits.quantile(0.5) / 1e9,
                 wait_p99=self._waits.quantile(0.99) / 1e9,
                 wait_max=self._waits.maximum / 1e9,
+                turn_median=self._turns.quantile(0.5) / 1e9,
+                turn_max=self._turns.maximum / 1e9,
                 vcpus=len(self._passes),
                 vcpus_inside=self._inside,
             )
@@ -270,13 +300,19 @@ class Gate:
         with self._mutex:
             each.inside = False
             self._inside -= 1
-            if returning and not each._stopping and not each._owed:
-                each._owed = True
-                self._owed += 1
+            if returning and not each._stopping:
+                self._owe(each)
             if not self._inside and self._waiters_out:
                 for waiter in self._waiters_out:
                     waiter.wake()
                 self._waiters_out.clear()
+
+    def _owe(self, each: Pass) -> None:
+        """``each`` was stopped and wants back in. With the mutex held."""
+        if not each._owed:
+            each._owed = True
+            each._owed_since = time.perf_counter_ns()
+            self._owed += 1
 
     def _forgive(self, each: Pass) -> None:
         """``each`` has been let in, or does not want to be. With the mutex held."""
@@ -394,9 +430,7 @@ class Gate:
             self._parked = []
             for each in parked:
                 each._parked = False
-                if not each._owed:
-                    each._owed = True
-                    self._owed += 1
+                self._owe(each)
             for each in parked:
                 each._parking.release()
 
@@ -406,19 +440,30 @@ class Gate:
 
     async def _let_run(self) -> None:
         """Rule B14: whom the last bracket stopped goes in before the next one."""
+        if self._holds:  # inside another hold nobody can go in
+            return
+        began = now = time.perf_counter_ns()
+        while self._owed and now - began < _LOOK_ON:
+            time.sleep(0)  # gives the GIL away, and keeps the CPU
+            now = time.perf_counter_ns()
+        if self._owed:
+            await self._wait_for_the_patient(now)
+        with self._mutex:
+            last = max((each.entered_at for each in self._passes if each.inside), default=0)
+        while time.perf_counter_ns() - last < self._min_run:
+            time.sleep(0)
+        self._turns.add(time.perf_counter_ns() - began)
+
+    async def _wait_for_the_patient(self, now: int) -> None:
+        """Wait until all have been inside, if one of them has waited long enough."""
         waiter = _Waiter()
         with self._mutex:
-            if self._holds:  # inside another hold nobody can go in
-                return
-            if not self._owed:
+            since = min((each._owed_since for each in self._passes if each._owed), default=now)
+            if not self._owed or now - since < self._patience * 1e9:
                 return
             self._waiters_owed.append(waiter)
         if not waiter.lock.acquire(timeout=_BLOCK):
             await self._wait_in_trio(waiter, self._waiters_owed, list)
-        with self._mutex:
-            last = max((each.entered_at for each in self._passes if each.inside), default=0)
-        while time.perf_counter_ns() - last < _MIN_RUN:
-            time.sleep(0)  # gives the GIL away: the threads that went in need it once more
 
     async def _wait_in_trio(
         self, waiter: _Waiter, queue: list[_Waiter], who: Callable[[], Iterable[Pass]]

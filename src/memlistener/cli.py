@@ -52,6 +52,7 @@ def _command() -> click.Group:
 
     from memlistener import __version__
     from memlistener.demo.command import demo
+    from memlistener.mtree_command import mtree
 
     @click.group()
     @click.version_option(__version__)
@@ -59,6 +60,7 @@ def _command() -> click.Group:
         """QEMU's memory API as an async library."""
 
     memlistener.add_command(demo)
+    memlistener.add_command(mtree)
     return memlistener
 
 

@@ -6,6 +6,7 @@ kernel's bitmaps. What is here is who is told, when, and what is taken back.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,6 @@ class DirtyLog:
 
     def __init__(self, memory: MemorySystem) -> None:
         self._memory = memory
-        self._heard: list[Registration] = []
         self.started = False
         self.mask = 0  # for FlatView.render: what every range of memory logs
 
@@ -49,14 +49,16 @@ class DirtyLog:
             told: list[Registration] = []
             with trio.CancelScope(shield=True):
                 try:
-                    for each in self._registrations():
-                        await each.tell("log_global_start")
-                        told.append(each)
+                    with self._telling():
+                        for each in self._registrations():
+                            await each.tell("log_global_start")
+                            told.append(each)
                     memory._pending.journal.append(self._off)
                     self._on()
                     await memory._commit()
                 except BaseException as error:
-                    await memory._recover(error, _nothing, lambda: _stop(told))
+                    if memory.broken is None:
+                        await memory._recover(error, _nothing, lambda: self._stop(told, []))
                     raise
                 memory._pending.forget()
 
@@ -73,7 +75,36 @@ class DirtyLog:
                 self._off()
                 await memory._commit()
                 memory._pending.forget()
-                await _stop(self._registrations())
+                told: list[Registration] = []
+                try:
+                    await self._stop(self._registrations(), told)
+                except BaseException as error:
+                    await memory._recover(error, _nothing, lambda: self._resume(told))
+                    raise
+
+    async def _stop(self, registrations: list[Registration], told: list[Registration]) -> None:
+        with self._telling():
+            for each in reversed(registrations):
+                await each.tell("log_global_stop")
+                told.append(each)
+
+    async def _resume(self, told: list[Registration]) -> None:
+        """Take back a stop: those who heard log_global_stop, then the ranges."""
+        with self._telling():
+            for each in reversed(told):
+                await each.tell("log_global_start")
+        self._on()
+        await self._memory._commit()
+        self._memory._pending.forget()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """While hooks are called: they may open no transaction (rule T12)."""
+        self._memory._delivering = True
+        try:
+            yield
+        finally:
+            self._memory._delivering = False
 
     def _on(self) -> None:
         self._set(True)
@@ -91,11 +122,14 @@ class DirtyLog:
         """See `MemorySystem.dirty_log_sync`."""
         await self._memory._acquire("dirty_log_sync")
         try:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True), self._telling():
                 registrations = self._registrations()
+                synced: set[int] = set()  # a listener of several spaces is one
                 for each in registrations:
                     if "log_sync_global" in each.hooks:
-                        await each.tell("log_sync_global")
+                        if id(each.listener) not in synced:
+                            synced.add(id(each.listener))
+                            await each.tell("log_sync_global")
                     elif "log_sync" in each.hooks:
                         for logged in _logged(each, region):
                             section = MemoryRegionSection.of(each.space, logged)
@@ -110,7 +144,7 @@ class DirtyLog:
         """See `MemorySystem.dirty_log_clear`."""
         await self._memory._acquire("dirty_log_clear")
         try:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True), self._telling():
                 for each in self._registrations():
                     if "log_clear" not in each.hooks:
                         continue
@@ -130,11 +164,6 @@ def _logged(registration: Registration, region: MemoryRegion | None) -> Iterator
         for each in registration.space._view
         if each.dirty_log_mask and (region is None or each.region is region)
     )
-
-
-async def _stop(registrations: list[Registration]) -> None:
-    for each in reversed(registrations):
-        await each.tell("log_global_stop")
 
 
 def _nothing() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from memlistener.core.diff import diff
-from memlistener.core.events import Event
+from memlistener.core.events import Event, RegionAdd
 from memlistener.core.flatview import FlatRange, FlatView
 from memlistener.core.ioeventfd import NOTHING, Attached, AttachedDiff
 from memlistener.core.kinds import LIMIT
@@ -85,7 +85,8 @@ class Limbo:
         """Nothing shows what is in limbo."""
 
     def reattached(self, region: MemoryRegion, before: Attached, low: int, high: int) -> None:
-        """Nothing shows what is in limbo."""
+        """Nothing shows what is in limbo, but the old view does, and the new one may again."""
+        self._memory._pending.remember(region, before)
 
     def detached(self, region: MemoryRegion) -> None:
         """``region`` comes into limbo."""
@@ -127,8 +128,13 @@ class Pending:
         self, space: AddressSpace, region: MemoryRegion, before: Attached, low: int, high: int
     ) -> None:
         """What hangs on ``region`` changed, which shows in [low, high) of ``space``."""
+        self.remember(region, before)
+        if low < high:
+            self._attached.setdefault(space, []).append((low, high))
+
+    def remember(self, region: MemoryRegion, before: Attached) -> None:
+        """What hung on ``region`` when the transaction began, wherever it shows now."""
         self._before.setdefault(region, before)
-        self._attached.setdefault(space, []).append((low, high))
 
     def follow(self, region: MemoryRegion) -> None:
         """``region`` left the tree."""
@@ -166,9 +172,9 @@ class Pending:
                 if events and "region_nop" in space._hooks:
                     events = diff(old, new, nops=True)
             eventfds: list[Event] = []
-            stayed = self._stayed(space, new, events) if self._attached else []
+            stayed = self._stayed(space, new, events) if self._before else []
             if stayed or any(each.range.region._attached is not NOTHING for each in events):
-                eventfds = attached.eventfds(events, stayed)
+                eventfds = attached.eventfds(old, new, events, stayed)
                 events = attached.coalesced(events, stayed)
             if new is not old or root is not space._view_root or events or eventfds:
                 found.append(SpaceChange(space, old, space._view_root, root, new, events, eventfds))
@@ -178,12 +184,13 @@ class Pending:
         self, space: AddressSpace, new: FlatView, events: Sequence[Event]
     ) -> list[FlatRange]:
         """Ranges in both views of regions whose attachments changed."""
-        windows = self._attached.get(space, ())
-        moved = {id(each.range) for each in events if not each.is_delete}
+        # A region that was hidden when it changed, and shows again, did so in damage.
+        windows = [*self._attached.get(space, ()), *self._damage.get(space, ())]
+        added = {each.range for each in events if isinstance(each, RegionAdd)}
         stayed: dict[FlatRange, None] = {}
         for low, high in windows:
             for each in new.overlapping(max(low, 0), min(high, LIMIT)):
-                if each.region in self._before and id(each) not in moved:
+                if each.region in self._before and each not in added:
                     stayed[each] = None
         return list(stayed)
 
@@ -197,24 +204,23 @@ class _Views:
         self._spaces = spaces
         self._damage = damage
         self._log_mask = log_mask
-        self._views: dict[MemoryRegion, FlatView] = {}
+        self._views: dict[MemoryRegion | None, FlatView] = {}
         self._events: dict[tuple[int, int], list[Event]] = {}  # of a pair of views
 
     def next(self, space: AddressSpace, root: MemoryRegion | None) -> tuple[FlatView, list[Event]]:
         """The view of ``root``, and how it differs from what ``space`` shows now."""
         old = space._view
-        if root is None:
-            new = old if not len(old) else _EMPTY
+        known = self._views.get(root)
+        if known is None:
+            known = self._elsewhere(root)
+        if known is not None:
+            new = known
+        elif root is None:
+            new = _EMPTY
         else:
-            known = self._views.get(root)
-            if known is None:
-                known = self._elsewhere(root)
-            if known is None:
-                new, events = old.updated(root, self._damage[space], log_mask=self._log_mask)
-                self._events[id(old), id(new)] = events
-            else:
-                new = known
-            self._views[root] = new
+            new, events = old.updated(root, self._damage[space], log_mask=self._log_mask)
+            self._events[id(old), id(new)] = events
+        self._views[root] = new
         if new is old:
             return old, []
         pair = id(old), id(new)
@@ -224,7 +230,7 @@ class _Views:
             return new, []
         return new, self._events[pair]
 
-    def _elsewhere(self, root: MemoryRegion) -> FlatView | None:
+    def _elsewhere(self, root: MemoryRegion | None) -> FlatView | None:
         """The view of an address space that came down to ``root`` already, and stays."""
         for each in self._spaces:
             if each._view_root is root and each not in self._damage:

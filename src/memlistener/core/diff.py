@@ -22,6 +22,7 @@ from memlistener.core.kinds import LOG_SHIFT
 
 if TYPE_CHECKING:
     from memlistener.core.flatview import FlatRange
+    from memlistener.core.ioeventfd import IoEventFd
 
 _FLAGS = (1 << LOG_SHIFT) - 1
 
@@ -80,7 +81,7 @@ def _same(one: FlatRange, two: FlatRange) -> bool:
 def replay(view: Iterable[FlatRange]) -> list[Event]:
     """What a listener hears of a view when it registers (rule T8)."""
     events: list[Event] = []
-    fds: list[EventfdAdd] = []
+    fds: dict[IoEventFd, EventfdAdd] = {}  # one that straddles two ranges is one
     for each in view:
         events.append(RegionAdd(each))
         attached = each.region._attached
@@ -88,14 +89,15 @@ def replay(view: Iterable[FlatRange]) -> list[Event]:
         mask = each.dirty_log_mask
         if mask:
             events.append(LogStart(each, 0, mask))
-        fds.extend(EventfdAdd(each, fd) for fd in eventfds_of(each, attached))
-    return [*events, *sorted(fds, key=_fd_order)]
+        for fd in eventfds_of(each, attached):
+            fds.setdefault(fd, EventfdAdd(each, fd))
+    return [*events, *sorted(fds.values(), key=_fd_order)]
 
 
 def replay_reversed(view: Iterable[FlatRange]) -> list[Event]:
     """What a listener hears of a view when it is unregistered (rule T8)."""
     events: list[Event] = []
-    fds: list[EventfdDel] = []
+    fds: dict[IoEventFd, EventfdDel] = {}
     for each in view:
         attached = each.region._attached
         mask = each.dirty_log_mask
@@ -103,8 +105,9 @@ def replay_reversed(view: Iterable[FlatRange]) -> list[Event]:
             events.append(LogStop(each, mask, 0))
         events.extend(CoalescedDel(each, *span) for span in coalesced_of(each, attached))
         events.append(RegionDel(each))
-        fds.extend(EventfdDel(each, fd) for fd in eventfds_of(each, attached))
-    return [*events, *sorted(fds, key=_fd_order)]
+        for fd in eventfds_of(each, attached):
+            fds.setdefault(fd, EventfdDel(each, fd))
+    return [*events, *sorted(fds.values(), key=_fd_order)]
 
 
 def _fd_order(event: EventfdAdd | EventfdDel) -> tuple[int, int, bool, int]:

@@ -8,7 +8,8 @@ without begin and commit (rule T9).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -24,7 +25,7 @@ from memlistener.core.events import (
 )
 
 if TYPE_CHECKING:
-    from memlistener.core.flatview import FlatRange
+    from memlistener.core.flatview import FlatRange, FlatView
     from memlistener.core.region import MemoryRegion
 
 
@@ -91,23 +92,42 @@ class AttachedDiff:
         for event in events:
             each = event.range
             if isinstance(event, RegionDel):
-                dels.extend(_coalesced_dels(each, self._old(each.region)))
+                spans = coalesced_of(each, self._old(each.region))
+                dels.extend(CoalescedDel(each, *span) for span in spans)
                 dels.append(event)
             else:
                 adds.append(event)
                 if isinstance(event, RegionAdd):
-                    adds.extend(_coalesced_adds(each, each.region._attached))
+                    spans = coalesced_of(each, each.region._attached)
+                    adds.extend(CoalescedAdd(each, *span) for span in spans)
         for each in stayed:
-            old, new = self._old(each.region), each.region._attached
-            if old.coalesced != new.coalesced:
-                dels.extend(_coalesced_dels(each, old))
-                adds.extend(_coalesced_adds(each, new))
+            old = list(coalesced_of(each, self._old(each.region)))
+            new = list(coalesced_of(each, each.region._attached))
+            dels.extend(
+                CoalescedDel(each, *span) for span in (Counter(old) - Counter(new)).elements()
+            )
+            adds.extend(
+                CoalescedAdd(each, *span) for span in (Counter(new) - Counter(old)).elements()
+            )
         dels.sort(key=_start)  # stable: what stands beside a range stays there
         adds.sort(key=_start)
         return dels + adds
 
-    def eventfds(self, events: Iterable[Event], stayed: Iterable[FlatRange]) -> list[Event]:
-        """Rule T9: the symmetric difference, in order."""
+    def eventfds(
+        self,
+        before: FlatView,
+        after: FlatView,
+        events: Iterable[Event],
+        stayed: Iterable[FlatRange],
+    ) -> list[Event]:
+        """Rule T9: the symmetric difference, in order.
+
+        Args:
+            before: The old view.
+            after: The new one.
+            events: How they differ.
+            stayed: Ranges in both views whose region's ioeventfds changed.
+        """
         old: dict[IoEventFd, FlatRange] = {}
         new: dict[IoEventFd, FlatRange] = {}
         for event in events:
@@ -120,11 +140,25 @@ class AttachedDiff:
             old.update((fd, each) for fd in eventfds_of(each, self._old(each.region)))
             new.update((fd, each) for fd in eventfds_of(each, each.region._attached))
         changes: list[tuple[IoEventFd, Event]] = [
-            (fd, EventfdDel(each, fd)) for fd, each in old.items() if fd not in new
+            (fd, EventfdDel(each, fd))
+            for fd, each in old.items()
+            if fd not in new and not _shows(after, fd, lambda region: region._attached)
         ]
-        changes += [(fd, EventfdAdd(each, fd)) for fd, each in new.items() if fd not in old]
+        changes += [
+            (fd, EventfdAdd(each, fd))
+            for fd, each in new.items()
+            if fd not in old and not _shows(before, fd, self._old)
+        ]
         changes.sort(key=lambda change: change[0].order())
         return [event for _, event in changes]
+
+
+def _shows(view: FlatView, fd: IoEventFd, attached: Callable[[MemoryRegion], Attached]) -> bool:
+    """Whether some range shows ``fd``: one that straddles ranges is there until the last goes."""
+    return any(
+        fd in eventfds_of(each, attached(each.region))
+        for each in view.overlapping(max(fd.addr, 0), fd.addr + max(fd.size, 1))
+    )
 
 
 def eventfds_of(each: FlatRange, attached: Attached) -> Iterator[IoEventFd]:
@@ -144,14 +178,6 @@ def coalesced_of(each: FlatRange, attached: Attached) -> Iterator[tuple[int, int
         high = min(offset + shift + size, each.end)
         if low < high:
             yield low, high - low
-
-
-def _coalesced_dels(each: FlatRange, attached: Attached) -> Iterator[Event]:
-    return (CoalescedDel(each, addr, size) for addr, size in coalesced_of(each, attached))
-
-
-def _coalesced_adds(each: FlatRange, attached: Attached) -> Iterator[Event]:
-    return (CoalescedAdd(each, addr, size) for addr, size in coalesced_of(each, attached))
 
 
 def _start(event: Event) -> int:

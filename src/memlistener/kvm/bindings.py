@@ -100,7 +100,7 @@ def _explain(error: ImportError) -> str:
         return (
             f"the C extension {_EXTENSION} was not built when memlistener was installed; "
             "install a C compiler and the Linux headers (linux/kvm.h), then install memlistener "
-            "again from source: pip install --force-reinstall --no-binary memlistener memlistener"
+            "again from its source (in a checkout: make clean, then make demo)"
         )
     if error.name == "_cffi_backend":
         return "the Python package cffi is not installed; pip install cffi"

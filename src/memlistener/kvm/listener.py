@@ -17,6 +17,7 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Awaitable
 
 from memlistener.address_space import AddressSpace
 from memlistener.bracket import Gate
@@ -96,8 +97,12 @@ class KvmMemoryListener(MemoryListener):
         if self._policy is KickPolicy.EVERY_COMMIT:
             await self._hold()
 
-    def region_add(self, section: MemoryRegionSection) -> None:
-        """Queue the section's mappings."""
+    def region_add(self, section: MemoryRegionSection) -> Awaitable[None] | None:
+        """Queue the section's mappings; hold the vCPUs, if it overlaps what goes.
+
+        The hold cannot wait for commit: by then the new view is published, and
+        exits from the old memslots would be served from it.
+        """
         mappings = self._mappings(section)
         self._mapped[section.offset_within_address_space] = [each for each, _ in mappings]
         for each, memory in mappings:
@@ -106,6 +111,12 @@ class KvmMemoryListener(MemoryListener):
                 del self._removed[each]
             else:
                 self._added[each] = None
+        if self._policy is KickPolicy.ON_OVERLAP and not self._holding:
+            end = section.end
+            for each in self._removed:
+                if each.guest_phys_addr < end and section.offset_within_address_space < each.end:
+                    return self._hold()
+        return None
 
     def region_del(self, section: MemoryRegionSection) -> None:
         """Queue the removal of the section's mappings."""
@@ -126,7 +137,7 @@ class KvmMemoryListener(MemoryListener):
                 errno.EIO, "the memslots are neither as before nor as they should be"
             ) from self._torn
         ops = self._table.plan(self._removed, self._added)
-        if self._policy is KickPolicy.ON_OVERLAP and tears(ops):
+        if self._policy is KickPolicy.ON_OVERLAP and tears(ops):  # by a split move
             await self._hold()
         self._make(ops)
         for each in self._removed:

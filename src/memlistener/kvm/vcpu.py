@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from memlistener import dispatch
-from memlistener.errors import KvmError, RegionError
+from memlistener.errors import KvmError
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.exits import VcpuExit
 from memlistener.kvm.registers import Regs, Sregs
@@ -267,23 +267,12 @@ class Vcpu:
         self._handle.set_sregs(sregs)
 
     def write_guest_memory(self, addr: int, data: bytes) -> None:
-        """Write RAM or ROM at a guest physical address: for setting a machine up.
+        """Write RAM or ROM at a guest physical address: `AddressSpace.load`.
 
         Raises:
             RegionError: Something else than memory is there.
         """
-        done = 0
-        while done < len(data):
-            each = self._space.view.lookup(addr + done)
-            if each is None or not dispatch.reads_memory(each):
-                raise RegionError(
-                    f"{len(data):#x} bytes at {addr:#x} do not fit into memory: at "
-                    f"{addr + done:#x} there is {each!r}"
-                )
-            offset = each.offset + addr + done - each.start
-            part = data[done : done + each.end - addr - done]
-            each.region.block.view[offset : offset + len(part)] = part
-            done += len(part)
+        self._space.load(addr, data)
 
     async def aclose(self) -> None:
         """Stop the vCPU, end its thread and close its descriptor. Idempotent."""

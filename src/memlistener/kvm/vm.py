@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from memlistener.address_space import AddressSpace
-from memlistener.bracket import Gate, GateStatistics
+from memlistener.bracket import MIN_RUN, Gate, GateStatistics
 from memlistener.errors import KvmUnavailableError
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.listener import KvmMemoryListener
@@ -182,7 +182,7 @@ async def open_vm(
     try:
         handle = kvm.create_vm()
         try:
-            gate = Gate()
+            gate = Gate(min_run=getattr(kvm, "min_run", MIN_RUN))
             # B11: held until the kernel has the memory.
             gate.hold_nowait()
             listener = KvmMemoryListener(handle, gate, policy)

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import itertools
 import os
+from collections.abc import Callable
 from operator import attrgetter
 
 import attrs
@@ -96,8 +97,13 @@ class MemslotTable:
         """Every slot, by address space and then by guest address."""
         return tuple(slot for space in self._ordered for slot in space)
 
-    def update(self, new: FakeMemslot) -> None:
+    def update(self, new: FakeMemslot, between: Callable[[], object] = lambda: None) -> None:
         """``KVM_SET_USER_MEMORY_REGION``: create, move, re-flag or delete a slot.
+
+        Args:
+            new: The slot as it is to be; size 0 to delete it.
+            between: Called in the middle of a move, when the slot is nowhere.
+                The kernel moves a slot no other way.
 
         Raises:
             KvmError: EINVAL or EEXIST, and nothing has changed.
@@ -116,6 +122,8 @@ class MemslotTable:
             self._check_place(new)
         if old is not None:
             self._remove(old)
+            if old.guest_phys_addr != new.guest_phys_addr:
+                between()
         self._insert(new)
         # Logging that stays on keeps its bitmap, even through a move.
         if not new.logs_dirty:

@@ -15,8 +15,8 @@ A bracket is `Gate.hold` ... `Gate.release`:
    Without this, transactions in a tight loop would starve the guest: a hold that
    follows a release at once finds the threads still on their way to the gate.
    Where there are more threads than CPUs, a vCPU may have to wait for a CPU; it
-   is waited for only when it has had none for a while (`PATIENCE`), since a
-   bracket would otherwise last for as many scheduler slices as there are vCPUs.
+   is waited for only when it has missed its turn a few times (`PATIENCE`), since
+   each bracket would otherwise last for as many scheduler slices as there are vCPUs.
 2. B1: count the hold. From here on nobody gets in.
 3. B3: kick all that are inside, then wait for all. The wait is for the slowest,
    not for the sum.
@@ -64,8 +64,8 @@ MIN_RUN = 50_000
 # a CPU of its own a thread needs about 50 us. Looking on is a busy wait, because
 # to block is to give up the CPU: to a vCPU that then keeps it for a whole slice.
 _LOOK_ON = 150_000
-# How long a stopped vCPU may go without having been inside, in seconds.
-PATIENCE = 0.01
+# How many brackets in a row a vCPU may be found waiting for a CPU.
+PATIENCE = 4
 
 
 class Pass:
@@ -81,8 +81,8 @@ class Pass:
         "_clear_kick",
         "_describe",
         "_kick",
+        "_missed",
         "_owed",
-        "_owed_since",
         "_parked",
         "_parking",
         "_stopping",
@@ -109,7 +109,7 @@ class Pass:
         self._describe = describe
         self._stopping = False
         self._owed = False
-        self._owed_since = 0
+        self._missed = 0
         self._parked = False
         self._parking = threading.Lock()
         self._parking.acquire()
@@ -181,8 +181,8 @@ class Gate:
     Args:
         deadline: Seconds after which a vCPU that does not come out is named in
             a warning on the logger ``memlistener.bracket``.
-        patience: Seconds that a stopped vCPU may go without having been inside
-            before a hold waits for it. 0: every hold waits for every vCPU.
+        patience: How many brackets in a row may find a stopped vCPU still on its
+            way back in, before one waits for it. 0: every bracket waits for all.
         min_run: Nanoseconds that a vCPU is left inside at least.
     """
 
@@ -190,7 +190,7 @@ class Gate:
         self,
         *,
         deadline: float = DEADLINE,
-        patience: float = PATIENCE,
+        patience: int = PATIENCE,
         min_run: int = MIN_RUN,
     ) -> None:
         self._mutex = threading.Lock()
@@ -311,7 +311,7 @@ class Gate:
         """``each`` was stopped and wants back in. With the mutex held."""
         if not each._owed:
             each._owed = True
-            each._owed_since = time.perf_counter_ns()
+            each._missed = 0
             self._owed += 1
 
     def _forgive(self, each: Pass) -> None:
@@ -447,19 +447,21 @@ class Gate:
             time.sleep(0)  # gives the GIL away, and keeps the CPU
             now = time.perf_counter_ns()
         if self._owed:
-            await self._wait_for_the_patient(now)
+            await self._wait_for_those_who_missed()
         with self._mutex:
             last = max((each.entered_at for each in self._passes if each.inside), default=0)
         while time.perf_counter_ns() - last < self._min_run:
             time.sleep(0)
         self._turns.add(time.perf_counter_ns() - began)
 
-    async def _wait_for_the_patient(self, now: int) -> None:
-        """Wait until all have been inside, if one of them has waited long enough."""
+    async def _wait_for_those_who_missed(self) -> None:
+        """Wait until all have been inside, if one of them has missed too many turns."""
         waiter = _Waiter()
         with self._mutex:
-            since = min((each._owed_since for each in self._passes if each._owed), default=now)
-            if not self._owed or now - since < self._patience * 1e9:
+            owed = [each for each in self._passes if each._owed]
+            if not any(each._missed >= self._patience for each in owed):
+                for each in owed:
+                    each._missed += 1
                 return
             self._waiters_owed.append(waiter)
         if not waiter.lock.acquire(timeout=_BLOCK):

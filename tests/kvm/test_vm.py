@@ -16,6 +16,7 @@ import trio
 import trio.testing
 
 from memlistener import MemoryRegion, MemoryRegionOps, MemTxAttrs, RamBlock
+from memlistener.bracket import PATIENCE
 from memlistener.errors import (
     BrokenMemoryError,
     KvmError,
@@ -412,7 +413,7 @@ async def test_b13_two_machines(kernel: str) -> None:
             await toggle(first, device, 20)
             async with vm_1.paused():
                 await second.wait_rounds(other)  # it goes on
-            assert vm_1.statistics().gate.kicks >= 20
+            assert vm_1.statistics().gate.kicks >= 20 // (PATIENCE + 1)
             assert vm_2.statistics().gate.kicks == 0
             assert vm_2.statistics().vcpus[0].kicked == 0
             nursery.cancel_scope.cancel()
@@ -438,7 +439,7 @@ async def test_b13_two_machines_of_one_memory_system(kernel: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 async def test_b14_guests_make_progress(rig: Rig, count: int) -> None:
-    """B14: under transactions without a pause, every vCPU runs between any two of them."""
+    """B14: under transactions without a pause, every vCPU runs, again and again."""
     _, device = add_window(rig)
     async with rig.open() as vm:
         vcpus = [await rig.boot(vm, Read(WINDOW, 4), loop=True) for _ in range(count)]
@@ -449,10 +450,12 @@ async def test_b14_guests_make_progress(rig: Rig, count: int) -> None:
                 await rig.wait_rounds(vcpu)
             kicked = [each.kicked for each in vm.statistics().vcpus]
             rounds = [rig.rounds(vcpu) for vcpu in vcpus]
-            await toggle(rig, device, 20)
+            turns = 8
+            await toggle(rig, device, turns * (PATIENCE + 1))
             for number, each in enumerate(vm.statistics().vcpus):
-                # It was inside at every kick but the first, at which it may have been on its way.
-                assert each.kicked - kicked[number] >= 19
+                # Where CPUs are short it may miss a few turns, but never more in a row.
+                # At the first it may have been on its way.
+                assert each.kicked - kicked[number] >= turns - 1
                 assert rig.rounds(vcpus[number]) > rounds[number]
             nursery.cancel_scope.cancel()
         assert vm.statistics().holes == 0

@@ -1,10 +1,8 @@
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memlistener import FlatRange, FlatView, MemoryRegion
+from memlistener import FlatView, MemoryRegion
 from memlistener.core.mtree import (
     Space,
     ViewDump,
@@ -15,11 +13,10 @@ from memlistener.core.mtree import (
     range_kind,
     render_views,
 )
-from memlistener.core.mtree_diff import diff_dumps
 from memlistener.core.mtree_parse import parse_mtree
 from memlistener.core.mtree_views import parse_flatviews
 from memlistener.testing.strategies import TreePlan, tree_plans
-from tests.corpus import SEQUENCES, Regions, cases, load, sequence
+from tests.corpus import Regions, cases, load
 from tests.trees import examples
 
 _RECORDED = ("start", "size", "name", "kind", "offset", "priority", "nonvolatile")
@@ -287,56 +284,3 @@ def test_any_view_comes_back(plan: TreePlan) -> None:
     assert format_views(parsed.views) == text
     for dump in parsed.views:
         dump.view.check()
-
-
-# ---- differences ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SEQUENCES)
-def test_differences_between_dumps_are_qemus(name: str) -> None:
-    """Between the view texts of two states are exactly the events that were recorded."""
-    before: tuple[ViewDump, ...] | None = None
-    names: dict[int, str] = {}
-    for state in sequence(name):
-        names |= {int(key): each["name"] for key, each in state["regions"].items()}
-        built = Regions(state)
-        spaces = [(each["name"], built[each["root"]]) for each in state["address_spaces"]]
-        after = parse_flatviews(format_flatviews(spaces)).views
-        if before is not None:
-            wanted = sorted(
-                (state["address_spaces"][change["space"]]["name"], kind, *recorded(each, names))
-                for change in state["events"]
-                for kind in ("del", "add")
-                for each in change[kind]
-            )
-            found = sorted(
-                (change.name, "del" if event.is_delete else "add", *told(event.range))
-                for change in diff_dumps(before, after)
-                for event in change.events
-            )
-            assert found == wanted, state["note"]
-        before = after
-
-
-def recorded(each: Any, names: dict[int, str]) -> tuple[object, ...]:
-    return each["start"], each["size"], names[each["region"]], each["offset"], each["readonly"]
-
-
-def told(each: FlatRange) -> tuple[object, ...]:
-    return each.start, each.size, each.region.name, each.offset, each.readonly
-
-
-def test_difference_has_deletes_first() -> None:
-    """Where a region moves, it is deleted and added; an address space that is gone, deleted."""
-    spaces = small()
-    before = parse_flatviews(format_flatviews(spaces)).views
-    flash = next(each for each in spaces[0][1].subregions if each.name == "flash")
-    flash.set_address(0x7000)
-    after = parse_flatviews(format_flatviews(spaces[:1])).views
-    changes = {each.name: each.events for each in diff_dumps(before, after)}
-    assert [(each.hook, each.range.start) for each in changes["memory"]] == [
-        ("region_del", 0x8000),
-        ("region_add", 0x7000),
-    ]
-    assert [each.hook for each in changes["cpu-0"]] == ["region_del"] * 4
-    assert diff_dumps(after, after) == []

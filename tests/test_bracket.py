@@ -6,8 +6,11 @@ Rules B1 to B14 of the bracket, as far as they are the gate's.
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import pytest
 import trio
@@ -133,11 +136,13 @@ class Warnings(logging.Handler):
         self.texts: list[str] = []
         self.count = count
         self.enough = trio.Event()
+        self.token = trio.lowlevel.current_trio_token()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Called on a thread of the gate's own."""
         self.texts.append(record.getMessage())
         if len(self.texts) == self.count:
-            self.enough.set()
+            self.token.run_sync_soon(self.enough.set)
 
 
 # ---- B1 to B4 --------------------------------------------------------------------------
@@ -588,6 +593,94 @@ async def test_b14_cancelled_before_the_hold(
     with trio.fail_after(LONG_ENOUGH):
         await gate.hold()
     gate.release()
+
+
+async def test_b14_a_hold_does_not_wait_for_who_cannot_come_in(gate: Gate) -> None:
+    """B14, B4: a hold that waits for vCPUs to have their turn ends the wait when another begins.
+
+    The other one may be waiting for the first: `vm.paused()` around a transaction,
+    against a transaction of another task.
+    """
+    passes = [gate.add(name, lambda: None, lambda: None) for name in "ab"]
+    for each in passes:
+        assert gate.enter(each)
+        gate.leave(each, returning=True)  # stopped, and waiting for a CPU
+    gate._patience = 0
+    lock = trio.Lock()
+
+    async def transaction() -> None:
+        async with lock:
+            with trio.CancelScope(shield=True):
+                await gate.hold()
+                gate.release()
+
+    with trio.fail_after(LONG_ENOUGH):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transaction)
+            await trio.testing.wait_all_tasks_blocked()
+            gate.hold_nowait()
+            async with lock:
+                gate.release()
+    for each in passes:
+        gate.remove(each)
+
+
+class Interrupt:
+    """Sends Ctrl-C before the n-th line of the gate's own code."""
+
+    CODE = (Gate.hold.__code__, Gate.release.__code__, Gate._close.__code__)
+
+    def __init__(self, nth: int) -> None:
+        self.left = nth
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Interrupt:
+        if frame.f_code in self.CODE and event == "line":
+            self.left -= 1
+            if self.left == 0:
+                signal.raise_signal(signal.SIGINT)
+        return self
+
+
+def test_b9_interrupted_anywhere() -> None:
+    """B9: Ctrl-C in a hold or a release leaves neither the gate held nor a vCPU parked."""
+    interrupted = 0
+    for nth in range(1, 200):
+        gate = Gate()
+        interrupt = Interrupt(nth)
+        try:
+            trio.run(_hold_once, gate, interrupt)
+        except KeyboardInterrupt:
+            interrupted += 1
+        assert not is_held(gate)
+        if interrupt.left > 0:
+            break
+    assert interrupted > 10
+
+
+async def _hold_once(gate: Gate, interrupt: Interrupt) -> None:
+    mine = gate.add("a", lambda: left.set(), lambda: None)
+    left = threading.Event()
+    thread = threading.Thread(target=_in_and_out, args=(gate, mine, left), daemon=True)
+    thread.start()
+    try:
+        sys.settrace(interrupt)
+        try:
+            async with gate.holding():
+                pass
+        finally:
+            sys.settrace(None)
+        await trio.lowlevel.checkpoint()
+    finally:
+        left.set()
+        thread.join(LONG_ENOUGH)
+        assert not thread.is_alive()  # it was not parked for ever
+
+
+def _in_and_out(gate: Gate, mine: Pass, left: threading.Event) -> None:
+    for _ in range(2):
+        gate.enter(mine)
+        left.wait(LONG_ENOUGH)
+        gate.leave(mine, returning=True)
 
 
 async def test_statistics(gate: Gate, spawn: Spawn) -> None:

@@ -36,6 +36,7 @@ class Toy:
         self.inside = threading.Event()
         self.kicked = threading.Event()
         self.kicks = 0
+        self.settled = 0
         self.threads: set[int] = set()
 
     def enter(self) -> bool:
@@ -65,6 +66,9 @@ class Toy:
 
     def clear_kick(self) -> None:
         self.kicked.clear()
+
+    def settle(self) -> None:
+        self.settled += 1
 
     def describe(self) -> str:
         return "toying"

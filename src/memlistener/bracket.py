@@ -40,7 +40,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import attrs
 import trio
@@ -53,7 +53,7 @@ _log = logging.getLogger("memlistener.bracket")
 # guest code is out in 5 to 50 us; one that is not after this is in trouble, or
 # its thread has to wait for a CPU.
 _BLOCK = 0.0005
-# How often a vCPU that does not come out is kicked again.
+# How often a vCPU that does not come out is kicked again, in seconds.
 _KICK_AGAIN = 0.01
 # When it is named in a warning for the first time; doubled each time.
 DEADLINE = 1.0
@@ -121,7 +121,9 @@ class Pass:
 
     def describe(self) -> str:
         """The name, and what it is doing as far as is known."""
-        return f"{self.name} ({self._describe()})"
+        if self.inside:
+            return f"{self.name} ({self._describe()})"
+        return f"{self.name} ({'on its way back in' if self._owed else 'in a device handler'})"
 
 
 class _Waiter:
@@ -278,11 +280,11 @@ class Gate:
                     self._forgive(each)
                     return False
                 if not self._holds:
+                    self._forgive(each)
                     each._clear_kick()
                     each.inside = True
                     self._inside += 1
                     each.entered_at = time.perf_counter_ns()
-                    self._forgive(each)
                     return True
                 each._parked = True
                 self._parked.append(each)
@@ -347,38 +349,54 @@ class Gate:
         with self._mutex:
             each._stopping = False
 
-    async def kick_again(self, who: Callable[[], Iterable[Pass]], event: trio.Event) -> None:
-        """Wait for ``event``, kicking ``who()`` is still inside until it comes (B2, B8)."""
+    async def kick_again(
+        self, who: Callable[[], Iterable[Pass]], event: trio.Event, *, what: str = "leave the guest"
+    ) -> None:
+        """Wait for ``event``, kicking those of ``who()`` who are inside (rules B2, B8).
+
+        A thread of its own does the kicking, in real time: trio's clock may be a
+        test's, and its loop may be kept busy by somebody else.
+        """
+        over = threading.Event()
+        kicker = threading.Thread(
+            target=self._kick_until, args=(over, who, what), name="kick again", daemon=True
+        )
+        kicker.start()
+        try:
+            await event.wait()
+        finally:
+            over.set()
+            kicker.join()
+
+    def _kick_until(
+        self, over: threading.Event, who: Callable[[], Iterable[Pass]], what: str
+    ) -> None:
         began = time.monotonic()
         patience = self._deadline
-        while not event.is_set():
-            with trio.move_on_after(_KICK_AGAIN):
-                await event.wait()
-                return
-            inside = [each for each in who() if each.inside]
-            for each in inside:
-                each.kick()
+        while not over.wait(_KICK_AGAIN):
+            missing = list(who())
+            for each in missing:
+                if each.inside:
+                    each.kick()
             waited = time.monotonic() - began
-            if inside and waited >= patience:
+            if missing and waited >= patience:
                 patience *= 2
-                self._late_count += len(inside)
+                with self._mutex:
+                    self._late_count += len(missing)
                 _log.warning(
-                    "after %.1f s still waiting for %s to leave the guest; kicking on",
+                    "after %.1f s still waiting for %s to %s",
                     waited,
-                    ", ".join(each.describe() for each in inside),
+                    ", ".join(each.describe() for each in missing),
+                    what,
                 )
 
     # ---- the bracket ------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def holding(self) -> AsyncIterator[None]:
-        """`hold` and `release` as a context manager."""
-        await self.hold()
-        try:
-            yield
-        finally:
-            self.release()
+    def holding(self) -> Holding:
+        """`hold` and `release` as an async context manager."""
+        return Holding(self)
 
+    @trio.lowlevel.enable_ki_protection
     async def hold(self) -> None:
         """Close the gate and wait until every vCPU is outside.
 
@@ -388,11 +406,10 @@ class Gate:
         if self._owed:
             await self._let_run()
         with self._mutex:
-            self._holds += 1
+            self._close()
             self._hold_count += self._holds == 1
-            inside = [each for each in self._passes if each.inside] if self._inside else []
+            inside = self._all_inside()
         if not inside:
-            self._waits.add(0)
             return
         began = time.perf_counter_ns()
         try:
@@ -405,20 +422,31 @@ class Gate:
                 else:
                     waiter.done = True
             if not waiter.done and not waiter.lock.acquire(timeout=_BLOCK):
-                await self._wait_in_trio(waiter, self._waiters_out, self._everybody)
+                await self._wait_in_trio(waiter, self._waiters_out, self._all_inside)
         except BaseException:
             self.release()
             raise
         self._waits.add(time.perf_counter_ns() - began)
 
+    @trio.lowlevel.enable_ki_protection
     def hold_nowait(self) -> None:
         """Close the gate and kick those inside, without waiting until they are out."""
         with self._mutex:
-            self._holds += 1
-            inside = [each for each in self._passes if each.inside]
+            self._close()
+            inside = self._all_inside()
         for each in inside:
             each.kick()
 
+    def _close(self) -> None:
+        """One hold more. With the mutex held."""
+        self._holds += 1
+        # Whoever waits for vCPUs to go in would wait for this hold to be over, and
+        # it may be the other way round.
+        for waiter in self._waiters_owed:
+            waiter.wake()
+        self._waiters_owed.clear()
+
+    @trio.lowlevel.enable_ki_protection
     def release(self) -> None:
         """Take back one hold; the last one lets the vCPUs back in."""
         with self._mutex:
@@ -434,9 +462,8 @@ class Gate:
             for each in parked:
                 each._parking.release()
 
-    def _everybody(self) -> list[Pass]:
-        with self._mutex:
-            return list(self._passes)
+    def _all_inside(self) -> list[Pass]:
+        return [each for each in tuple(self._passes) if each.inside] if self._inside else []
 
     async def _let_run(self) -> None:
         """Rule B14: whom the last bracket stopped goes in before the next one."""
@@ -459,16 +486,25 @@ class Gate:
         waiter = _Waiter()
         with self._mutex:
             owed = [each for each in self._passes if each._owed]
+            if self._holds:  # meanwhile: nobody can go in
+                return
             if not any(each._missed >= self._patience for each in owed):
                 for each in owed:
                     each._missed += 1
                 return
             self._waiters_owed.append(waiter)
         if not waiter.lock.acquire(timeout=_BLOCK):
-            await self._wait_in_trio(waiter, self._waiters_owed, list)
+            await self._wait_in_trio(waiter, self._waiters_owed, self._all_owed, "have its turn")
+
+    def _all_owed(self) -> list[Pass]:
+        return [each for each in tuple(self._passes) if each._owed]
 
     async def _wait_in_trio(
-        self, waiter: _Waiter, queue: list[_Waiter], who: Callable[[], Iterable[Pass]]
+        self,
+        waiter: _Waiter,
+        queue: list[_Waiter],
+        who: Callable[[], Iterable[Pass]],
+        what: str = "leave the guest",
     ) -> None:
         event = trio.Event()
         with self._mutex:
@@ -477,7 +513,25 @@ class Gate:
             waiter.event = event
             waiter.token = trio.lowlevel.current_trio_token()
         try:
-            await self.kick_again(who, event)
+            await self.kick_again(who, event, what=what)
         finally:
             with self._mutex, contextlib.suppress(ValueError):
                 queue.remove(waiter)
+
+
+class Holding:
+    """``async with gate.holding():`` no vCPU is inside."""
+
+    __slots__ = ("_gate",)
+
+    def __init__(self, gate: Gate) -> None:
+        """Use `Gate.holding`."""
+        self._gate = gate
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> None:
+        await self._gate.hold()
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(self, *_: object) -> None:
+        self._gate.release()

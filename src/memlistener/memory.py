@@ -305,6 +305,17 @@ class MemorySystem:
         finally:
             self._release()
 
+    def forget(self, listener: MemoryListener, space: AddressSpace) -> None:
+        """Drop a listener that no longer wants to be told anything, not even that.
+
+        At any time, also while another task's transaction is open; nothing
+        happens where it is not registered.
+        """
+        space._registrations[:] = [
+            each for each in space._registrations if each.listener is not listener
+        ]
+        space._hooks = hooks_by_name(space._registrations)
+
     async def _replay(
         self, registration: Registration, events: list[Event], *, starting: bool
     ) -> None:

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import attrs
 import trio
 
-from memlistener.bracket import Gate
+from memlistener.bracket import Gate, Pass
 from memlistener.errors import VcpuBusyError
 
 
@@ -67,6 +67,16 @@ class Backend(Protocol):
         Returns:
             None to go on, a `Serve` to have trio do it, `Failed` where serving it
             raised, or anything else to end the run with it.
+        """
+        ...
+
+    def settle(self) -> Serve | None:
+        """Finish what the last exit began, so that registers are what they seem.
+
+        Called on the trio thread, when the vCPU was stopped and its thread is idle.
+
+        Returns:
+            An access that the same instruction made next, if trio has to serve it.
         """
         ...
 
@@ -117,31 +127,53 @@ class VcpuRunner:
         self._closing = False
         self._closed = False
         self._running = False  # a task is in run()
+        self._serving = False  # and serves an access
         self._working = False  # the thread has the word
         self._pending: Serve | None = None
         self._outcome: object = None
         self._reported = trio.Event()
         self._waiting: trio.lowlevel.Task | None = None
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # the host has no more threads
+            gate.remove(self._pass)
+            raise
 
     @property
     def running(self) -> bool:
         """Whether a task is in `run`."""
         return self._running
 
-    def check_idle(self, what: str) -> None:
-        """Raise `VcpuBusyError` where the vCPU's state is not to be touched now.
+    def check_idle(self, what: str, *, changes: bool = False) -> None:
+        """Raise where the vCPU's state is not to be touched now.
 
-        It may be touched between runs, from a device handler that the vCPU's
-        own exit called, and on its own thread.
+        It may be read between runs, from a device handler that the vCPU's own
+        exit called, and on its own thread. It may be changed between runs; an
+        access that a handler did not finish is then given up, and so is an exit
+        that no `run` has returned yet.
+
+        Raises:
+            VcpuBusyError: It runs, or is in the middle of an access.
+            trio.ClosedResourceError: It is closed.
         """
         if self._closed:
             raise trio.ClosedResourceError(f"{what}: {self.name} is closed")
-        if self._working and threading.get_ident() != self._thread.ident:
+        on_its_thread = threading.get_ident() == self._thread.ident
+        if self._working and (changes or not on_its_thread):
             raise VcpuBusyError(
-                f"{what} while {self.name} runs: cancel its run(), or do it in a device handler"
+                f"{what} while {self.name} runs: cancel its run() first, or do it in a handler "
+                f"of its own access, where registers can be read"
             )
+        if changes:
+            if self._serving:
+                raise VcpuBusyError(
+                    f"{what} while an access of {self.name} is being served: the instruction "
+                    f"would end by overwriting it; do it when run() has returned"
+                )
+            self._pending = None
+            self._outcome = None
+            self._backend.settle()
 
     async def run(self) -> Any:
         """Run the guest until it exits for good; the exit is returned.
@@ -161,17 +193,18 @@ class VcpuRunner:
         try:
             while True:
                 if self._pending is not None:
-                    await self._pending.call()
-                    self._pending = None
+                    await self._serve(self._pending)
                 await self._work()
                 outcome = self._take_outcome()
                 if isinstance(outcome, Serve):
                     self._pending = outcome
-                elif isinstance(outcome, Failed):
-                    self._pending = outcome.again
-                    raise outcome.error
-                elif isinstance(outcome, _Raised):
-                    raise outcome.error
+                elif isinstance(outcome, Failed | _Raised):
+                    if isinstance(outcome, Failed):
+                        self._pending = outcome.again
+                    try:
+                        raise outcome.error
+                    finally:
+                        del outcome  # the traceback has this frame: no cycle through it
                 elif outcome is _STOPPED or outcome is _ENDED:
                     # Only closing stops a vCPU without cancelling its task.
                     raise trio.ClosedResourceError(f"{self.name} was closed while it ran")
@@ -180,6 +213,15 @@ class VcpuRunner:
         finally:
             self._running = False
 
+    async def _serve(self, pending: Serve) -> None:
+        self._serving = True
+        try:
+            await pending.call()
+        finally:
+            self._serving = False
+        self._pending = None
+
+    @trio.lowlevel.enable_ki_protection
     async def _work(self) -> None:
         """Give the word and wait for an outcome, unless one has come in already."""
         if self._outcome is not None:
@@ -196,13 +238,16 @@ class VcpuRunner:
             self._waiting = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(self._abort)
         except BaseException:
+            self._waiting = None
             await self._stop()
             outcome = self._take_outcome()
-            if isinstance(outcome, Failed):
-                self._pending = outcome.again
-            if isinstance(outcome, Failed | _Raised):
+            if outcome is _STOPPED:
+                self._pending = self._backend.settle()
+            elif isinstance(outcome, Failed | _Raised):
+                if isinstance(outcome, Failed):
+                    self._pending = outcome.again
                 raise outcome.error from outcome.error.__cause__  # what cancelled is its context
-            if outcome is not _STOPPED:
+            else:
                 self._outcome = outcome
             raise
 
@@ -216,13 +261,16 @@ class VcpuRunner:
 
     async def _stop(self) -> None:
         """Get the thread out of the guest and wait for its outcome. Shielded."""
-        self._waiting = None
-        if not self._working:
-            return
         self._gate.stop(self._pass)
         with trio.CancelScope(shield=True):
-            await self._gate.kick_again(lambda: [self._pass], self._reported)
+            while self._working:  # a second Ctrl-C may end the wait early
+                with contextlib.suppress(KeyboardInterrupt):
+                    await self._gate.kick_again(self._me, self._reported, what="stop")
 
+    def _me(self) -> list[Pass]:
+        return [self._pass]
+
+    @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
         """Stop the vCPU and end its thread. Idempotent; shielded from cancellation."""
         with trio.CancelScope(shield=True):
@@ -230,9 +278,7 @@ class VcpuRunner:
                 if self._closed:
                     return
                 self._closing = True
-                if self._working:
-                    self._gate.stop(self._pass)
-                    await self._gate.kick_again(lambda: [self._pass], self._reported)
+                await self._stop()
                 self._closed = True
                 self._reported = trio.Event()
                 self._go.release()
@@ -248,11 +294,14 @@ class VcpuRunner:
             if self._closed:
                 self._report(_ENDED)
                 return
-            try:
-                outcome = self._execute()
-            except BaseException as error:
-                outcome = _Raised(error)
-            self._report(outcome)
+            self._report(self._outcome_of_run())
+
+    def _outcome_of_run(self) -> object:
+        # In a frame of its own: the thread keeps nothing of it while it waits.
+        try:
+            return self._execute()
+        except BaseException as error:
+            return _Raised(error)
 
     def _execute(self) -> object:
         gate, mine, backend = self._gate, self._pass, self._backend

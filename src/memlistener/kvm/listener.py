@@ -13,7 +13,6 @@ they are never let go.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import time
@@ -22,7 +21,7 @@ from collections.abc import Awaitable
 from memlistener.address_space import AddressSpace
 from memlistener.bracket import Gate
 from memlistener.core.kinds import RegionKind
-from memlistener.errors import BrokenMemoryError, ListenerError, MemslotError
+from memlistener.errors import MemslotError
 from memlistener.histogram import Histogram
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.policy import KickPolicy
@@ -68,7 +67,7 @@ class KvmMemoryListener(MemoryListener):
         if limit is None:
             limit = vm.check_extension(kernel.CAP_NR_MEMSLOTS) or 32  # KVM's old default
         self._table = SlotTable(limit)
-        self._readonly_memory = bool(vm.check_extension(kernel.CAP_READONLY_MEM))
+        self.readonly_memory = bool(vm.check_extension(kernel.CAP_READONLY_MEM))
         # Section start -> its mappings: a ROM device's section has none in one
         # mode and some in the other, and region_del does not say which it was.
         self._mapped: dict[int, list[Mapping]] = {}
@@ -94,15 +93,31 @@ class KvmMemoryListener(MemoryListener):
 
     async def begin(self) -> None:
         """Hold the vCPUs, if every commit is to be a bracket."""
-        if self._policy is KickPolicy.EVERY_COMMIT:
+        if not self._closing and self._policy is KickPolicy.EVERY_COMMIT:
             await self._hold()
 
     def region_add(self, section: MemoryRegionSection) -> Awaitable[None] | None:
-        """Queue the section's mappings; hold the vCPUs, if it overlaps what goes.
+        """Queue the section's mappings; hold the vCPUs first, if it overlaps what goes.
 
         The hold cannot wait for commit: by then the new view is published, and
         exits from the old memslots would be served from it.
         """
+        if self._closing:
+            return None
+        if self._policy is KickPolicy.ON_OVERLAP and not self._holding and self._replaces(section):
+            return self._hold_then_add(section)
+        self._add(section)
+        return None
+
+    async def _hold_then_add(self, section: MemoryRegionSection) -> None:
+        await self._hold()
+        self._add(section)
+
+    def _replaces(self, section: MemoryRegionSection) -> bool:
+        start, end = section.offset_within_address_space, section.end
+        return any(each.guest_phys_addr < end and start < each.end for each in self._removed)
+
+    def _add(self, section: MemoryRegionSection) -> None:
         mappings = self._mappings(section)
         self._mapped[section.offset_within_address_space] = [each for each, _ in mappings]
         for each, memory in mappings:
@@ -111,15 +126,11 @@ class KvmMemoryListener(MemoryListener):
                 del self._removed[each]
             else:
                 self._added[each] = None
-        if self._policy is KickPolicy.ON_OVERLAP and not self._holding:
-            end = section.end
-            for each in self._removed:
-                if each.guest_phys_addr < end and section.offset_within_address_space < each.end:
-                    return self._hold()
-        return None
 
     def region_del(self, section: MemoryRegionSection) -> None:
         """Queue the removal of the section's mappings."""
+        if self._closing:
+            return
         for each in self._mapped.pop(section.offset_within_address_space):
             if each in self._added:  # of a commit that failed and is being undone
                 del self._added[each]
@@ -160,11 +171,10 @@ class KvmMemoryListener(MemoryListener):
             self._holding = True
             self.brackets += 1
 
-    async def detach(self, space: AddressSpace) -> None:
-        """Unregister; the slots go with the VM, so no ioctl is spent on them."""
+    def detach(self, space: AddressSpace) -> None:
+        """The VM closes: hear nothing any more. The slots go with its descriptor."""
         self._closing = True
-        with contextlib.suppress(BrokenMemoryError, ListenerError):  # told nothing any more
-            await space.memory.unregister(self, space)
+        space.memory.forget(self, space)
         self._pins.clear()
 
     # ---- sections -> mappings -----------------------------------------------------------
@@ -181,7 +191,7 @@ class KvmMemoryListener(MemoryListener):
             readonly = section.readonly
         else:
             return []
-        if readonly and not self._readonly_memory:
+        if readonly and not self.readonly_memory:
             return []  # every access exits, and is right
         start = section.offset_within_address_space
         parts = pieces(start, section.size, self._max_slot)

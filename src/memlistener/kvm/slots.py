@@ -8,6 +8,7 @@ is a sequence of `SlotOp`, each of them one KVM_SET_USER_MEMORY_REGION.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 import attrs
@@ -319,22 +320,51 @@ def _in_order(changes: list[SlotOp]) -> tuple[list[SlotOp], list[SlotOp]]:
     """
     ordered = [op for op in changes if op.kind != "MOVE"]
     moves = [op for op in changes if op.kind == "MOVE"]
+    # A move waits for all whose old place its new one overlaps. Neither the old
+    # places nor the new ones overlap each other, so sorting finds those that do.
+    olds = _Places([_mapping(op.old) for op in moves])
+    news = _Places([_mapping(op.new) for op in moves])
+    waits = [
+        sum(other != number for other in olds.overlapping(_mapping(op.new)))
+        for number, op in enumerate(moves)
+    ]
+    ready = [number for number, count in enumerate(waits) if not count]
+    left = dict.fromkeys(range(len(moves)))
     split: list[SlotOp] = []
-    while moves:
-        for op in moves:
-            assert op.new is not None
-            if not any(
-                other is not op
-                and other.old is not None
-                and other.old.mapping.overlaps(op.new.mapping)
-                for other in moves
-            ):
-                ordered.append(op)
-                moves.remove(op)
-                break
-        else:
-            split.append(moves.pop())
+    while left:
+        if ready:
+            number = ready.pop()
+            ordered.append(moves[number])
+        else:  # all that are left wait for each other
+            number = next(iter(left))
+            split.append(moves[number])
+        del left[number]
+        for other in news.overlapping(_mapping(moves[number].old)):
+            if other in left:
+                waits[other] -= 1
+                if not waits[other]:
+                    ready.append(other)
     return ordered, split
+
+
+class _Places:
+    """Mappings that do not overlap, by address: which of them overlap another one."""
+
+    def __init__(self, mappings: list[Mapping]) -> None:
+        self._order = sorted(range(len(mappings)), key=lambda n: mappings[n].guest_phys_addr)
+        self._starts = [mappings[n].guest_phys_addr for n in self._order]
+        self._ends = [mappings[n].end for n in self._order]
+
+    def overlapping(self, mapping: Mapping) -> list[int]:
+        """The numbers of those that have an address in common with ``mapping``."""
+        first = bisect_right(self._ends, mapping.guest_phys_addr)
+        last = bisect_left(self._starts, mapping.end)
+        return self._order[first:last]
+
+
+def _mapping(slot: Memslot | None) -> Mapping:
+    assert slot is not None
+    return slot.mapping
 
 
 def _address(slot: Memslot) -> int:

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from memlistener.bracket import Gate
     from memlistener.core.flatview import FlatView
 
-_KICKED = (errno.EINTR, errno.EAGAIN)
-
 
 class Exits:
     """Counts what one vCPU's exits were. Written by one thread at a time."""
@@ -52,16 +50,25 @@ class KvmRun:
         space: Where its MMIO exits go.
         io: Where its PIO exits go; None for nothing there.
         name: For errors.
+        readonly_memory: Whether the kernel has slots for read-only memory.
     """
 
     def __init__(
-        self, handle: kernel.VcpuHandle, space: AddressSpace, io: AddressSpace | None, name: str
+        self,
+        handle: kernel.VcpuHandle,
+        space: AddressSpace,
+        io: AddressSpace | None,
+        name: str,
+        *,
+        readonly_memory: bool = True,
     ) -> None:
         self._handle = handle
         self._space = space
         self._io = io
         self._name = name
-        self._seen: FlatView = space.view
+        self._readonly_memory = readonly_memory
+        self._seen: FlatView | None = None
+        self._served = False  # the last exit's access, which KVM does not know of yet
         self._errno = 0
         self.closed = False  # a handler may still be under way when the VM closes
         self.exits = Exits()
@@ -71,16 +78,39 @@ class KvmRun:
     def enter(self) -> bool:
         """KVM_RUN. True where the vCPU was only kicked."""
         error = self._handle.run()
-        # The view in force while the guest made the access: nobody publishes
-        # another one before this thread has passed the gate.
-        self._seen = self._space.view
+        self._served = False  # and complete, for KVM_RUN was entered
         if not error:
+            # The view in force while the guest made the access: nobody publishes
+            # another one before this thread has passed the gate.
+            self._seen = self._space.view
             return False
-        if error in _KICKED:
+        if error == errno.EINTR:
             self.exits.kicked += 1
             return True
         self._errno = error
         return False
+
+    def settle(self) -> Serve | None:
+        """Enter KVM_RUN and leave it at once: what was served becomes complete.
+
+        KVM writes the result of an access to the guest, and moves on its RIP,
+        only when KVM_RUN is entered again. What it then finds is either the kick,
+        or the next part of the same instruction.
+        """
+        while self._served and not self.closed:
+            self._handle.kick()
+            try:
+                kicked = self.enter()
+            finally:
+                self._handle.clear_kick()
+            if kicked:
+                break
+            todo = self.handle()
+            if isinstance(todo, Failed):
+                raise todo.error
+            if isinstance(todo, Serve):
+                return todo
+        return None
 
     def describe(self) -> str:
         """What the vCPU is doing, for a warning that it does not stop."""
@@ -92,18 +122,19 @@ class KvmRun:
             error, self._errno = self._errno, 0
             raise KvmError(error, f"KVM_RUN of {self._name}: {os.strerror(error)}")
         reason = self._handle.exit_reason
+        seen, self._seen = self._seen, None
         if reason == kernel.EXIT_MMIO:
-            return self._mmio()
+            return self._mmio(seen)
         if reason == kernel.EXIT_IO:
             return self._pio()
         result = self._handle.terminal_exit()
         self.exits.by_reason[type(result).__name__] += 1
         return result
 
-    def _mmio(self) -> object:
+    def _mmio(self, seen: FlatView | None) -> object:
         addr, size, is_write, data = self._handle.mmio()
         self.exits.by_reason["Mmio"] += 1
-        if self._is_hole(addr, is_write):
+        if seen is not None and self._is_hole(seen, addr, is_write):
             self.exits.holes += 1
         space = self._space
         view = space.view
@@ -115,6 +146,7 @@ class KvmRun:
                 answer, _ = await space.read_in(view, addr, size)
                 if not self.closed:
                     self._handle.complete_mmio(answer)
+            self._served = True
 
         return self._serve(serve, space, view, dispatch.on_thread(view, addr, size, is_write))
 
@@ -125,6 +157,7 @@ class KvmRun:
         if space is None:
             if not is_out:
                 self._handle.complete_io(b"\xff" * (size * count))
+            self._served = True
             return None
         view = space.view
 
@@ -143,6 +176,7 @@ class KvmRun:
                 served += 1
             if not is_out and not self.closed:
                 self._handle.complete_io(bytes(answers))
+            self._served = True
 
         return self._serve(serve, space, view, dispatch.on_thread(view, port, size, is_out))
 
@@ -164,9 +198,9 @@ class KvmRun:
             return Failed(error, in_trio)
         return None
 
-    def _is_hole(self, addr: int, is_write: bool) -> bool:
+    def _is_hole(self, view: FlatView, addr: int, is_write: bool) -> bool:
         """Whether the kernel found no slot where the view had memory behind one."""
-        each = self._seen.lookup(addr)
+        each = view.lookup(addr)
         if each is None:
             return False
         if is_write:
@@ -174,6 +208,8 @@ class KvmRun:
                 return False
         elif not dispatch.reads_memory(each):
             return False
+        if not self._readonly_memory and not dispatch.writes_memory(each):
+            return False  # this kernel has no slots for read-only memory
         page = addr // PAGE_SIZE * PAGE_SIZE
         crooked = (each.region.block.host_address + each.offset - each.start) % PAGE_SIZE
         return not crooked and each.start <= page and page + PAGE_SIZE <= each.end
@@ -189,12 +225,18 @@ class Vcpu:
         gate: Gate,
         space: AddressSpace,
         io: AddressSpace | None,
+        *,
+        readonly_memory: bool = True,
+        closed: Callable[[Vcpu], object] = lambda vcpu: None,
     ) -> None:
         """Use `Vm.create_vcpu`."""
+        self._on_close = closed
         self._id = vcpu_id
         self._handle = handle
         self._space = space
-        self._kvm_run = KvmRun(handle, space, io, f"vcpu {vcpu_id}")
+        self._kvm_run = KvmRun(
+            handle, space, io, f"vcpu {vcpu_id}", readonly_memory=readonly_memory
+        )
         self._runner = VcpuRunner(f"vcpu {vcpu_id}", self._kvm_run, gate)
         self._regs = Regs(self)
         self._sregs = Sregs(self)
@@ -236,8 +278,13 @@ class Vcpu:
     def regs(self) -> Regs:
         """The general registers, live: ``vcpu.regs.rip = 0x1000`` (KVM_GET/SET_REGS).
 
+        Setting any gives up an access that a cancelled or failed handler left
+        unfinished, and an exit that no `run` has returned yet: the vCPU starts
+        from what it is set to.
+
         Raises:
-            VcpuBusyError: On use while the vCPU runs.
+            VcpuBusyError: On use while the vCPU runs; on setting in a handler of
+                an access of its own.
         """
         return self._regs
 
@@ -253,7 +300,7 @@ class Vcpu:
 
     def set_regs(self, regs: dict[str, int]) -> None:
         """Set all general registers."""
-        self._runner.check_idle("KVM_SET_REGS")
+        self._runner.check_idle("KVM_SET_REGS", changes=True)
         self._handle.set_regs(regs)
 
     def get_sregs(self) -> dict[str, Any]:
@@ -263,7 +310,7 @@ class Vcpu:
 
     def set_sregs(self, sregs: dict[str, Any]) -> None:
         """Set all special registers."""
-        self._runner.check_idle("KVM_SET_SREGS")
+        self._runner.check_idle("KVM_SET_SREGS", changes=True)
         self._handle.set_sregs(sregs)
 
     def write_guest_memory(self, addr: int, data: bytes) -> None:
@@ -277,8 +324,10 @@ class Vcpu:
     async def aclose(self) -> None:
         """Stop the vCPU, end its thread and close its descriptor. Idempotent."""
         await self._runner.aclose()
-        self._kvm_run.closed = True
-        self._handle.close()
+        if not self._kvm_run.closed:
+            self._kvm_run.closed = True
+            self._handle.close()
+            self._on_close(self)
 
     def __repr__(self) -> str:
         return f"<Vcpu {self._id}{' running' if self.running else ''}>"

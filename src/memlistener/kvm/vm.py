@@ -9,8 +9,8 @@ import attrs
 import trio
 
 from memlistener.address_space import AddressSpace
-from memlistener.bracket import MIN_RUN, Gate, GateStatistics
-from memlistener.errors import KvmUnavailableError
+from memlistener.bracket import MIN_RUN, Gate, GateStatistics, Holding
+from memlistener.errors import KvmUnavailableError, RegionError
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.listener import KvmMemoryListener
 from memlistener.kvm.policy import KickPolicy
@@ -104,19 +104,30 @@ class Vm:
             raise trio.ClosedResourceError("the VM is closed")
         number = self._next_id if vcpu_id is None else vcpu_id
         handle = self._handle.create_vcpu(number)
-        vcpu = Vcpu(number, handle, self._gate, self._space, self._io)
+        # The kernel does not give a number twice, whatever happens from here on.
         self._next_id = max(self._next_id, number + 1)
+        try:
+            vcpu = Vcpu(
+                number,
+                handle,
+                self._gate,
+                self._space,
+                self._io,
+                readonly_memory=self._listener.readonly_memory,
+                closed=self._vcpus.remove,
+            )
+        except BaseException:
+            handle.close()
+            raise
         self._vcpus.append(vcpu)
         return vcpu
 
-    @contextlib.asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
+    def paused(self) -> Holding:
         """``async with vm.paused():`` no vCPU executes guest code inside.
 
         A hold on the gate that brackets use: nests with them and with itself.
         """
-        async with self._gate.holding():
-            yield
+        return self._gate.holding()
 
     def statistics(self) -> VmStatistics:
         """What the VM has done so far."""
@@ -149,7 +160,7 @@ class Vm:
         with trio.CancelScope(shield=True):
             # All are told to stop before any is waited for.
             async with trio.open_nursery() as nursery:
-                for vcpu in self._vcpus:
+                for vcpu in tuple(self._vcpus):
                     nursery.start_soon(vcpu.aclose)
 
 
@@ -176,33 +187,30 @@ async def open_vm(
     Raises:
         KvmUnavailableError: /dev/kvm cannot be used; says why and the mend.
         KvmError: The kernel refuses the VM or its memory.
+        RegionError: ``io`` belongs to another memory system.
         TransactionError: Inside a transaction of the same task.
     """
-    kvm = _open() if backend is None else backend
-    try:
-        handle = kvm.create_vm()
-        try:
-            gate = Gate(min_run=getattr(kvm, "min_run", MIN_RUN))
-            # B11: held until the kernel has the memory.
-            gate.hold_nowait()
-            listener = KvmMemoryListener(handle, gate, policy)
-            await space.memory.register(listener, space)
-            # A torn map is not run on (T13).
-            forget = space.memory.when_broken(lambda _: gate.hold_nowait())
-            gate.release()
-            vm = Vm(handle, space, io, gate, listener)
-            try:
-                yield vm
-            finally:
-                forget()
-                await vm._close()
-                with trio.CancelScope(shield=True):
-                    await listener.detach(space)
-        finally:
-            handle.close()
-    finally:
+    if io is not None and io.memory is not space.memory:
+        raise RegionError(
+            f"{space!r} and {io!r} belong to different memory systems: create both in one, so "
+            f"that one transaction can change both"
+        )
+    async with contextlib.AsyncExitStack() as stack:
         if backend is None:
-            kvm.close()
+            kvm: kernel.KvmBackend = stack.enter_context(contextlib.closing(_open()))
+        else:
+            kvm = backend
+        handle = stack.enter_context(contextlib.closing(kvm.create_vm()))
+        gate = Gate(min_run=getattr(kvm, "min_run", MIN_RUN))
+        listener = KvmMemoryListener(handle, gate, policy)
+        # Whatever happens from here on, memory is not to talk to a closed VM.
+        stack.callback(listener.detach, space)
+        await space.memory.register(listener, space)
+        # A torn map is not run on (T13).
+        stack.callback(space.memory.when_broken(lambda _: gate.hold_nowait()))
+        vm = Vm(handle, space, io, gate, listener)
+        stack.push_async_callback(vm._close)
+        yield vm
 
 
 def _open() -> kernel.KvmBackend:

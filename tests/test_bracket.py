@@ -16,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 
-from memlistener.bracket import Gate
+from memlistener.bracket import Gate, Pass
 
 LONG_ENOUGH = 10.0
 

@@ -67,7 +67,7 @@ class Toy:
     def clear_kick(self) -> None:
         self.kicked.clear()
 
-    def settle(self) -> None:
+    def settle(self, *, abandon: bool = False) -> None:
         self.settled += 1
 
     def describe(self) -> str:

@@ -70,10 +70,13 @@ class Backend(Protocol):
         """
         ...
 
-    def settle(self) -> Serve | None:
+    def settle(self, *, abandon: bool = False) -> Serve | None:
         """Finish what the last exit began, so that registers are what they seem.
 
         Called on the trio thread, when the vCPU was stopped and its thread is idle.
+
+        Args:
+            abandon: Finish it even where it was not served.
 
         Returns:
             An access that the same instruction made next, if trio has to serve it.
@@ -173,7 +176,7 @@ class VcpuRunner:
                 )
             self._pending = None
             self._outcome = None
-            self._backend.settle()
+            self._backend.settle(abandon=True)
 
     async def run(self) -> Any:
         """Run the guest until it exits for good; the exit is returned.

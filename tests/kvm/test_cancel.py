@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import threading
@@ -12,12 +13,15 @@ import pytest
 import trio
 
 from memlistener import (
+    DirtyClient,
+    KvmError,
     MemoryRegion,
     MemoryRegionOps,
     MemorySystem,
     MemTxAttrs,
     RegionError,
     VcpuBusyError,
+    bracket,
 )
 from memlistener.bracket import Gate
 from memlistener.kvm import Hlt, open_vm, x86
@@ -214,7 +218,10 @@ async def test_b8_a_handler_that_blocks_its_thread_is_named(
         def emit(self, record: logging.LogRecord) -> None:
             warned.set()
 
-    monkeypatch.setattr(Gate.__init__, "__kwdefaults__", {**_defaults(), "deadline": 0.01})
+    monkeypatch.setattr(bracket, "_KICK_AGAIN", 0.001)
+    defaults = Gate.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "deadline", 0.001)
     logger = logging.getLogger("memlistener.bracket")
     logger.addHandler(told := Told())
     _, space, _ = machine(Slow())
@@ -222,20 +229,14 @@ async def test_b8_a_handler_that_blocks_its_thread_is_named(
         async with open_vm(space, backend=FakeKvm(script=lambda _: [Read(DEVICE, 4)])) as vm:
             vcpu = await vm.create_vcpu()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(vcpu.run)
-                await trio.to_thread.run_sync(inside.wait)
                 nursery.start_soon(trio.to_thread.run_sync, _then, warned, go)
-                nursery.cancel_scope.shield = True
-                nursery.start_soon(_cancel_run, nursery, vcpu)
+                with trio.CancelScope() as scope:
+                    nursery.start_soon(_cancel_when, inside, scope)
+                    await vcpu.run()
     finally:
         go.set()
         logger.removeHandler(told)
-    assert warned.is_set()
     assert "vcpu 0 (in a device handler)" in caplog.text
-
-
-def _defaults() -> dict[str, Any]:
-    return dict(Gate.__init__.__kwdefaults__ or {})
 
 
 def _then(warned: threading.Event, go: threading.Event) -> None:
@@ -243,5 +244,33 @@ def _then(warned: threading.Event, go: threading.Event) -> None:
     go.set()
 
 
-async def _cancel_run(nursery: trio.Nursery, vcpu: Any) -> None:
-    await vcpu.aclose()
+async def _cancel_when(event: threading.Event, scope: trio.CancelScope) -> None:
+    await trio.to_thread.run_sync(event.wait)
+    scope.cancel()
+
+
+@pytest.mark.parametrize("what", ["dirty_log_start", "set_log", "add_logged", "add_eventfd"])
+async def test_what_kvm_is_not_asked_yet_is_refused(what: str) -> None:
+    """T13: dirty logging and ioeventfds of a VM's memory fail loudly, with nothing changed."""
+    memory, space, ram = machine(MemoryRegionOps())
+    device = space.root.subregions[0]
+    async with open_vm(space, backend=FakeKvm()) as vm:
+        before = vm.memslots
+        with pytest.raises(KvmError, match="not supported on KVM yet") as caught:
+            if what == "dirty_log_start":
+                await memory.dirty_log_start()
+            async with memory.transaction():
+                if what == "set_log":
+                    ram.set_log(True, DirtyClient.VGA)
+                elif what == "add_logged":
+                    other = MemoryRegion.ram("other", 0x1000)
+                    other.set_log(True, DirtyClient.VGA)
+                    space.root.add_subregion(0x100000, other)
+                elif what == "add_eventfd":
+                    device.add_eventfd(0, 4, 7)
+        assert caught.value.errno == errno.ENOTSUP
+        assert vm.memslots == before
+        assert memory.broken is None
+        async with memory.transaction():
+            ram.set_enabled(False)
+        assert vm.memslots == ()

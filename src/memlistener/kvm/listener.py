@@ -21,7 +21,7 @@ from collections.abc import Awaitable
 from memlistener.address_space import AddressSpace
 from memlistener.bracket import Gate
 from memlistener.core.kinds import RegionKind
-from memlistener.errors import MemslotError
+from memlistener.errors import KvmError, MemslotError
 from memlistener.histogram import Histogram
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.policy import KickPolicy
@@ -104,6 +104,8 @@ class KvmMemoryListener(MemoryListener):
         """
         if self._closing:
             return None
+        if section.region.dirty_log_mask:  # which no log_start would say (rule T6)
+            raise _unsupported(f"dirty logging of {section!r}")
         if self._policy is KickPolicy.ON_OVERLAP and not self._holding and self._replaces(section):
             return self._hold_then_add(section)
         self._add(section)
@@ -156,6 +158,22 @@ class KvmMemoryListener(MemoryListener):
         self._removed.clear()
         self._added.clear()
         self.release()
+
+    # ---- what this backend cannot do yet: refused, so that nothing is lost in silence -----
+
+    def log_global_start(self) -> None:
+        """Refused: the kernel is not asked for dirty bits yet."""
+        raise _unsupported("dirty logging")
+
+    def log_start(self, section: MemoryRegionSection, old: int, new: int) -> None:
+        """Refused, as `log_global_start`."""
+        raise _unsupported(f"dirty logging of {section!r}")
+
+    def eventfd_add(
+        self, section: MemoryRegionSection, match_data: bool, data: int, eventfd: object
+    ) -> None:
+        """Refused: KVM_IOEVENTFD is not made use of yet."""
+        raise _unsupported(f"an ioeventfd at {section!r}")
 
     def release(self) -> None:
         """Let the vCPUs go, if they are held."""
@@ -268,3 +286,7 @@ class KvmMemoryListener(MemoryListener):
                 text += f"; it overlaps {', '.join(others)}"
         text += f"; {len(self._table)} of {self._table.limit} slots are in use"
         return MemslotError(number, text)
+
+
+def _unsupported(what: str) -> KvmError:
+    return KvmError(errno.ENOTSUP, f"{what} is not supported on KVM yet")

@@ -68,7 +68,8 @@ class KvmRun:
         self._name = name
         self._readonly_memory = readonly_memory
         self._seen: FlatView | None = None
-        self._served = False  # the last exit's access, which KVM does not know of yet
+        # The last exit was an access; it was served, of which KVM does not know yet.
+        self._unfinished = self._served = False
         self._errno = 0
         self.closed = False  # a handler may still be under way when the VM closes
         self.exits = Exits()
@@ -78,7 +79,7 @@ class KvmRun:
     def enter(self) -> bool:
         """KVM_RUN. True where the vCPU was only kicked."""
         error = self._handle.run()
-        self._served = False  # and complete, for KVM_RUN was entered
+        self._served = self._unfinished = False  # KVM_RUN has completed it
         if not error:
             # The view in force while the guest made the access: nobody publishes
             # another one before this thread has passed the gate.
@@ -90,14 +91,18 @@ class KvmRun:
         self._errno = error
         return False
 
-    def settle(self) -> Serve | None:
+    def settle(self, *, abandon: bool = False) -> Serve | None:
         """Enter KVM_RUN and leave it at once: what was served becomes complete.
 
         KVM writes the result of an access to the guest, and moves on its RIP,
         only when KVM_RUN is entered again. What it then finds is either the kick,
         or the next part of the same instruction.
+
+        Args:
+            abandon: Also where the access was not served: registers are about to
+                be set, and the old instruction must not end on top of them.
         """
-        while self._served and not self.closed:
+        while not self.closed and (self._served or (abandon and self._unfinished)):
             self._handle.kick()
             try:
                 kicked = self.enter()
@@ -105,6 +110,9 @@ class KvmRun:
                 self._handle.clear_kick()
             if kicked:
                 break
+            if abandon and self._errno == 0:
+                self._unfinished = True
+                continue
             todo = self.handle()
             if isinstance(todo, Failed):
                 raise todo.error
@@ -124,8 +132,10 @@ class KvmRun:
         reason = self._handle.exit_reason
         seen, self._seen = self._seen, None
         if reason == kernel.EXIT_MMIO:
+            self._unfinished = True
             return self._mmio(seen)
         if reason == kernel.EXIT_IO:
+            self._unfinished = True
             return self._pio()
         result = self._handle.terminal_exit()
         self.exits.by_reason[type(result).__name__] += 1

@@ -21,7 +21,7 @@ from memlistener import (
     RegionTypeError,
 )
 from memlistener.core.ops import ReadResult, WriteResult
-from memlistener.dispatch import on_thread, read, run_on_thread, write
+from memlistener.dispatch import on_thread, read, read_here, run_on_thread, write, write_here
 from memlistener.testing.strategies import TreePlan, tree_plans
 from tests.oracles import resolve
 from tests.trees import examples
@@ -448,3 +448,103 @@ def test_against_bytes(
         assert bytes(region.block.view) == bytes(content)
     for region, ops in registers.items():
         assert ops.bytes == model[region]
+
+
+class TestHere:
+    """`read_here` and `write_here` do what `read` and `write` do, or nothing."""
+
+    class Ops(MemoryRegionOps):
+        """Says what it was asked, in every way that a model may answer."""
+
+        thread_safe = True
+
+        def __init__(self, answer: object, **attributes: object) -> None:
+            self.answer = answer
+            self.calls: list[tuple[object, ...]] = []
+            for name, value in attributes.items():
+                setattr(self, name, value)
+
+        def read(self, offset: int, size: int, attrs: MemTxAttrs) -> Any:
+            self.calls.append(("read", offset, size, attrs))
+            return self.answer
+
+        def write(self, offset: int, value: int, size: int, attrs: MemTxAttrs) -> Any:
+            self.calls.append(("write", offset, value, size, attrs))
+            return self.answer if isinstance(self.answer, MemTxResult) else None
+
+    @given(
+        answer=st.one_of(
+            st.integers(-1, 1 << 64), st.sampled_from(list(MemTxResult)), st.booleans()
+        ),
+        order=st.sampled_from(["little", "big"]),
+        valid=st.sampled_from(
+            [AccessConstraints(), AccessConstraints(2, 4), AccessConstraints(8, 8)]
+        ),
+        impl=st.sampled_from(
+            [AccessConstraints(), AccessConstraints(1, 2), AccessConstraints(4, 4)]
+        ),
+        addr=st.integers(0xFF8, 0x1018),
+        size=st.integers(1, 8),
+        data=st.binary(min_size=8, max_size=8),
+    )
+    def test_same_as_the_long_way(
+        self,
+        answer: object,
+        order: str,
+        valid: AccessConstraints,
+        impl: AccessConstraints,
+        addr: int,
+        size: int,
+        data: bytes,
+    ) -> None:
+        """Same bytes, same calls; where it is left to the long way, nothing was called."""
+        root = MemoryRegion.container("root", 1 << 32)
+        one, two = (self.Ops(answer, endianness=order, valid=valid, impl=impl) for _ in range(2))
+        region = MemoryRegion.io("dev", 0x10, one)
+        root.add_subregion(0x1000, region)
+        view = FlatView.render(root)
+        region._ops = two
+        long, _, _ = run_on_thread(read(view, addr, size))
+        run_on_thread(write(view, addr, data[:size]))
+        region._ops = one
+        here = read_here(view, addr, size)
+        assert here is None or here == long
+        wrote = write_here(view, addr, data[:size])
+        assert (here is None) == (not wrote)
+        assert one.calls == (two.calls if wrote else [])
+
+    def test_left_to_the_long_way(self) -> None:
+        """Memory, plain ops, read-only ways and nothing are not for one call."""
+        root = MemoryRegion.container("root", 1 << 32)
+        plain = self.Ops(0, thread_safe=False)
+        root.add_subregion(0, MemoryRegion.io("plain", 0x10, plain))
+        root.add_subregion(0x1000, MemoryRegion.ram("ram", 0x1000))
+        shown = MemoryRegion.io("dev", 0x10, self.Ops(0))
+        root.add_subregion(0x2000, shown)
+        shown.set_readonly(True)
+        view = FlatView.render(root)
+        for addr in (0, 0x1000, 0x3000):
+            assert read_here(view, addr, 4) is None
+            assert not write_here(view, addr, b"abcd")
+        assert read_here(view, 0x2000, 4) == bytes(4)
+        assert not write_here(view, 0x2000, b"abcd")
+        assert plain.calls == []
+
+    def test_async_ops_that_call_themselves_thread_safe(self) -> None:
+        """They are refused, as the long way refuses them, and no coroutine is left over."""
+
+        class Wrong(MemoryRegionOps):
+            thread_safe = True
+
+            async def read(self, offset: int, size: int, attrs: MemTxAttrs) -> int:
+                return 0
+
+            async def write(self, offset: int, value: int, size: int, attrs: MemTxAttrs) -> None:
+                pass
+
+        root = MemoryRegion.io("dev", 0x10, Wrong())
+        view = FlatView.render(root)
+        with pytest.raises(RegionTypeError, match="must be plain"):
+            read_here(view, 0, 4)
+        with pytest.raises(RegionTypeError, match="must be plain"):
+            write_here(view, 0, b"abcd")

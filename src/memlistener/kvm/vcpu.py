@@ -148,6 +148,9 @@ class KvmRun:
             self.exits.holes += 1
         space = self._space
         view = space.view
+        done = self._in_one_call(view, addr, size, data if is_write else None)
+        if done is True:
+            return None
 
         async def serve(view: FlatView) -> None:
             if is_write:
@@ -158,6 +161,8 @@ class KvmRun:
                     self._handle.complete_mmio(answer)
             self._served = True
 
+        if done is not False:
+            return Failed(done, Serve(lambda: serve(space.view)))
         return self._serve(serve, space, view, dispatch.on_thread(view, addr, size, is_write))
 
     def _pio(self) -> object:
@@ -170,6 +175,11 @@ class KvmRun:
             self._served = True
             return None
         view = space.view
+        done: bool | BaseException = False
+        if count == 1:
+            done = self._in_one_call(view, port, size, data if is_out else None, io=True)
+            if done is True:
+                return None
 
         # A string instruction makes the same access ``count`` times. Where one of
         # them fails or is cancelled, the next run goes on with that one.
@@ -188,7 +198,35 @@ class KvmRun:
                 self._handle.complete_io(bytes(answers))
             self._served = True
 
+        if done is not False:
+            return Failed(done, Serve(lambda: serve(space.view)))
         return self._serve(serve, space, view, dispatch.on_thread(view, port, size, is_out))
+
+    def _in_one_call(
+        self, view: FlatView, addr: int, size: int, data: bytes | None, *, io: bool = False
+    ) -> bool | BaseException:
+        """Serve a read, or a write of ``data``, if one thread-safe call does it.
+
+        Returns:
+            Whether it was served, or what it raised.
+        """
+        try:
+            if data is not None:
+                if not dispatch.write_here(view, addr, data):
+                    return False
+            else:
+                answer = dispatch.read_here(view, addr, size)
+                if answer is None:
+                    return False
+                if io:
+                    self._handle.complete_io(answer)
+                else:
+                    self._handle.complete_mmio(answer)
+        except BaseException as error:
+            return error
+        self.exits.on_thread += 1
+        self._served = True
+        return True
 
     def _serve(
         self,

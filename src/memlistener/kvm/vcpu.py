@@ -161,7 +161,7 @@ class KvmRun:
                     self._handle.complete_mmio(answer)
             self._served = True
 
-        if done is not False:
+        if isinstance(done, BaseException):
             return Failed(done, Serve(lambda: serve(space.view)))
         return self._serve(serve, space, view, dispatch.on_thread(view, addr, size, is_write))
 
@@ -198,7 +198,7 @@ class KvmRun:
                 self._handle.complete_io(bytes(answers))
             self._served = True
 
-        if done is not False:
+        if isinstance(done, BaseException):
             return Failed(done, Serve(lambda: serve(space.view)))
         return self._serve(serve, space, view, dispatch.on_thread(view, port, size, is_out))
 

@@ -69,6 +69,7 @@ class Owner:
         self.damaged: list[tuple[int, int]] = []
         self.asked: list[tuple[MemoryRegion, str]] = []
         self.left: list[MemoryRegion] = []
+        self.hung: list[tuple[MemoryRegion, int]] = []
         self.refuses = False
         root._attach_owner(self)
 
@@ -88,7 +89,7 @@ class Owner:
         self.damaged.append((low, high))
 
     def reattached(self, region: MemoryRegion, before: Attached, low: int, high: int) -> None:
-        """What hangs on a region is no matter of where it shows."""
+        self.hung.append((region, high - low))
 
     def detached(self, region: MemoryRegion) -> None:
         self.left.append(region)

@@ -87,6 +87,18 @@ def test_reach_of_what_is_hidden() -> None:
     assert ram.readonly is False
 
 
+def test_what_hangs_on_a_hidden_region() -> None:
+    """T9: its owner hears of it, since it may show again before anybody is told."""
+    system = MemoryRegion.container("system", 0x1000)
+    device = MemoryRegion.io("device", 0x100, None)
+    system.add_subregion(0, device)
+    device.set_enabled(False)
+    owner = Owner(system)
+    device.add_eventfd(0, 4, 7)
+    device.add_coalescing(0, 8)
+    assert owner.hung == [(device, 0), (device, 0)]
+
+
 def test_reach_of_a_mirrored_container() -> None:
     """An alias of its own container's other half is walked once, and the walk ends."""
     system = MemoryRegion.container("system", 0x8000)

@@ -16,7 +16,7 @@ from tests.trees import examples, replay
 
 RAM = MemoryRegion.ram("ram", 0x10000)
 OTHER = MemoryRegion.ram("ram", 0x10000)
-OLD = FlatRange(0x1000, 0x1000, RAM, 0x1000, ROMD_MODE, None)
+OLD = FlatRange(0x1000, 0x1000, RAM, 0x1000, ROMD_MODE)
 CHANGES = {
     "region": OLD._replace(region=OTHER),
     "address": OLD._replace(start=0x1800),

@@ -7,7 +7,7 @@ journal the way back, report the damage.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from memlistener.errors import RegionError
@@ -37,7 +37,7 @@ class TreeOwner(Protocol):
         ...
 
     def damage(self, low: int, high: int) -> None:
-        """Addresses [low, high) may look different now."""
+        """Addresses [low, high) may look different now; where it is empty, none do."""
         ...
 
     def reattached(self, region: MemoryRegion, before: Attached, low: int, high: int) -> None:
@@ -87,12 +87,12 @@ def change(
     owners[0].record(undo)
     if before is not None:
         for owner, low, high in reached:
-            if low < high:
-                owner.reattached(region, before, low, high)
+            # Hidden or not: it may show again before the transaction ends.
+            owner.reattached(region, before, low, high)
         return owners
     for owner, low, high in reached:
-        if low < high:
-            owner.damage(low, high)
+        # What shows nowhere may decide all the same which view a root shares (F7).
+        owner.damage(low, high)
     for owner, low, high in reach(region):
         if low < high:
             owner.damage(low, high)
@@ -171,15 +171,6 @@ def in_chain(region: MemoryRegion, chain: Chain) -> bool:
     return False
 
 
-def same_chain(one: Chain, two: Chain) -> bool:
-    """Whether two chains are of the same aliases; ``==`` would recurse as deep as they go."""
-    while one is not two:
-        if one is None or two is None or one[1] is not two[1]:
-            return False
-        one, two = one[0], two[0]
-    return True
-
-
 def above_of(region: MemoryRegion) -> set[MemoryRegion]:
     """All regions that contain or show ``region``, at any distance."""
     seen: set[MemoryRegion] = set()
@@ -194,3 +185,28 @@ def above_of(region: MemoryRegion) -> set[MemoryRegion]:
                 seen.add(alias)
                 todo.append(alias)
     return seen
+
+
+def owners_around(root: MemoryRegion) -> Iterator[TreeOwner]:
+    """Who owns anything below ``root``, or anything that shows a part of that. O(n)."""
+    below = {root}
+    todo = [root]
+    while todo:
+        each = todo.pop()
+        shown = list(each._children or ())
+        if each._alias_target is not None:
+            shown.append(each._alias_target)
+        new = [one for one in shown if one not in below]
+        below.update(new)
+        todo += new
+    around = set(below)
+    todo = list(below)
+    while todo:
+        each = todo.pop()
+        yield from each._owners
+        holders = list(each._aliases or ())
+        if each._container is not None:
+            holders.append(each._container)
+        new = [one for one in holders if one not in around]
+        around.update(new)
+        todo += new

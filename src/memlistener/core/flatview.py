@@ -16,7 +16,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-from memlistener.core.change import Chain, same_chain
 from memlistener.core.diff import Event, diff
 from memlistener.core.kinds import (
     BACKED,
@@ -29,6 +28,7 @@ from memlistener.core.kinds import (
 )
 from memlistener.core.region import MemoryRegion
 from memlistener.core.render import Piece, render
+from memlistener.errors import RegionTypeError
 
 T = TypeVar("T")
 
@@ -49,7 +49,6 @@ class FlatRange(NamedTuple):
         region: What shows; never a container or an alias.
         offset: Where in ``region`` it starts, in bytes.
         flags: The flags below, packed.
-        via: For unmergeable ranges only: the aliases through which the region is seen.
     """
 
     start: int
@@ -57,7 +56,6 @@ class FlatRange(NamedTuple):
     region: MemoryRegion
     offset: int
     flags: int
-    via: Chain
 
     @property
     def end(self) -> int:
@@ -89,16 +87,6 @@ class FlatRange(NamedTuple):
         """One bit for each client that logs writes to the range."""
         return self.flags >> LOG_SHIFT
 
-    def __eq__(self, other: object) -> bool:
-        """Equal by content; the way a region is reached does not count."""
-        return isinstance(other, FlatRange) and self[:5] == other[:5]
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(self[:5])
-
     def __repr__(self) -> str:
         flags = "".join(
             f" {name}" for name in ("readonly", "nonvolatile", "unmergeable") if getattr(self, name)
@@ -112,17 +100,13 @@ class FlatRange(NamedTuple):
 
 
 def mergeable(left: FlatRange, right: FlatRange) -> bool:
-    """Rule F6, for two ranges in ascending order.
-
-    Two pieces of one unmergeable range that was cut in two for our own reasons
-    (at the edge of a rendered window) join again: they were reached the same way.
-    """
+    """Rule F6, for two ranges in ascending order."""
     return (
         left[2] is right[2]
         and left[0] + left[1] == right[0]
         and left[3] + left[1] == right[3]
         and left[4] == right[4]
-        and (not left[4] & UNMERGEABLE or same_chain(left[5], right[5]))
+        and not left[4] & UNMERGEABLE
     )
 
 
@@ -155,8 +139,10 @@ class FlatView:
             log_mask: Flags that all memory gets: that everything is logged.
 
         Raises:
-            RegionError: An alias shows itself.
+            RegionError: An alias shows itself, or ``root`` is no region.
         """
+        if not isinstance(root, MemoryRegion):
+            raise RegionTypeError(f"what is rendered is a MemoryRegion, not {root!r}")
         return cls(_joined(render(root, 0, LIMIT), log_mask))
 
     # ---- reading --------------------------------------------------------------
@@ -265,32 +251,34 @@ class FlatView:
         first_chunk, first = self._position(windows[0][0])
         last_chunk, last = self._position_after(windows[-1][1])
         old = list(self._between(first_chunk, first, last_chunk, last))
+        for each in old:
+            if each[4] & UNMERGEABLE:
+                windows = _widened(windows, old)
+                break
         pieces: list[FlatRange] = []
         at = 0  # up to here everything is in pieces
         kept = iter(old)
-        each = next(kept, None)
+        left = next(kept, None)
         for low, high in windows:
             # What lies before the window, and of a range that reaches into it
             # the part before it.
-            while each is not None and each[0] < low:
-                end = each[0] + each[1]
-                if max(at, each[0]) < min(low, end):
-                    pieces.append(_cut(each, max(at, each[0]), min(low, end)))
+            while left is not None and left[0] < low:
+                end = left[0] + left[1]
+                if max(at, left[0]) < min(low, end):
+                    pieces.append(_cut(left, max(at, left[0]), min(low, end)))
                 if end > low:
                     break
-                each = next(kept, None)
+                left = next(kept, None)
             pieces.extend(_joined(render(root, low, high), log_mask))
             at = high
-            while each is not None and each[0] + each[1] <= high:
-                each = next(kept, None)
-        while each is not None:
-            pieces.append(_cut(each, max(at, each[0]), each[0] + each[1]))
-            each = next(kept, None)
+            while left is not None and left[0] + left[1] <= high:
+                left = next(kept, None)
+        while left is not None:
+            pieces.append(_cut(left, max(at, left[0]), left[0] + left[1]))
+            left = next(kept, None)
         new = _merged(pieces)
         events = diff(old, new)
-        # An unmergeable range may look the same and yet be reached another way,
-        # which decides what it can be joined with later.
-        if not events and all(one[5] == two[5] for one, two in zip(old, new, strict=True)):
+        if not events:
             return self, []
         return self._spliced(first_chunk, first, last_chunk, last, new), events
 
@@ -372,7 +360,6 @@ class FlatView:
             assert 0 <= each.start < each.end <= LIMIT, each
             assert each.region._terminates, each
             assert each.offset >= 0, each
-            assert each.via is None or each.unmergeable, each
             if previous is not None:
                 assert previous.end <= each.start, (previous, each)
                 assert not mergeable(previous, each), (previous, each)
@@ -380,8 +367,23 @@ class FlatView:
 
 
 def _cut(each: FlatRange, low: int, high: int) -> FlatRange:
-    start, _, region, offset, flags, via = each
-    return FlatRange(low, high - low, region, offset + low - start, flags, via)
+    start, _, region, offset, flags = each
+    return FlatRange(low, high - low, region, offset + low - start, flags)
+
+
+def _widened(windows: list[tuple[int, int]], old: list[FlatRange]) -> list[tuple[int, int]]:
+    """The windows with the unmergeable ones of ``old`` whole that they cut or touch.
+
+    A piece of one that is kept and a piece that is rendered could not be told
+    from two that have to stay apart, so both are rendered, as one.
+    """
+    whole = [(start, start + size) for start, size, _, _, flags in old if flags & UNMERGEABLE]
+    touched = []
+    for start, end in whole:
+        below = bisect_right(windows, (end, LIMIT)) - 1  # the last window that begins by ``end``
+        if below >= 0 and windows[below][1] >= start:
+            touched.append((start, end))
+    return _union([*windows, *touched])
 
 
 def _joined(pieces: Iterable[Piece], log_mask: int) -> list[FlatRange]:
@@ -389,13 +391,10 @@ def _joined(pieces: Iterable[Piece], log_mask: int) -> list[FlatRange]:
     new = tuple.__new__  # FlatRange's own constructor, without the keyword handling
     ranges: list[FlatRange] = []
     last: FlatRange | None = None
-    for low, high, region, base, flags, via in pieces:
+    for low, high, region, base, flags in pieces:
         if log_mask and region._kind in BACKED:
             flags |= log_mask
-        made = new(
-            FlatRange,
-            (low, high - low, region, low - base, flags, via if flags & UNMERGEABLE else None),
-        )
+        made = new(FlatRange, (low, high - low, region, low - base, flags))
         if last is not None and last[2] is region and mergeable(last, made):
             made = ranges[-1] = _extended(last, made)
         else:
@@ -415,8 +414,8 @@ def _merged(ranges: list[FlatRange]) -> list[FlatRange]:
 
 
 def _extended(left: FlatRange, right: FlatRange) -> FlatRange:
-    start, size, region, offset, flags, via = left
-    return FlatRange(start, size + right[1], region, offset, flags, via)
+    start, size, region, offset, flags = left
+    return FlatRange(start, size + right[1], region, offset, flags)
 
 
 def _chunked(items: tuple[T, ...]) -> list[tuple[T, ...]]:
@@ -438,8 +437,8 @@ def _replaced(items: list[T], first: int, stop: int, new: list[T]) -> list[T]:
 def _union(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The windows clipped to 64 bits, in order, those that touch made one."""
     if len(windows) == 1:
-        low, high = windows[0]
-        return [(max(low, 0), min(high, LIMIT))] if low < LIMIT and high > 0 else []
+        low, high = max(windows[0][0], 0), min(windows[0][1], LIMIT)
+        return [(low, high)] if low < high else []
     clipped = sorted(
         (max(low, 0), min(high, LIMIT)) for low, high in windows if low < LIMIT and high > 0
     )

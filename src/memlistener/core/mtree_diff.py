@@ -79,5 +79,5 @@ def _matched(
     for each in view:
         region = known.setdefault((each.region.name, range_kind(each)), each.region)
         flags = each.flags & (READONLY | NONVOLATILE) | ROMD_MODE
-        ranges.append(FlatRange(each.start, each.size, region, each.offset, flags, None))
+        ranges.append(FlatRange(each.start, each.size, region, each.offset, flags))
     return ranges

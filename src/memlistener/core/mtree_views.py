@@ -147,7 +147,7 @@ def _range(line: RegionLine, region: MemoryRegion) -> FlatRange:
     flags = ROMD_MODE
     flags |= READONLY if line.kind == "rom" else 0
     flags |= NONVOLATILE if line.nonvolatile else 0
-    return FlatRange(line.start, line.size, region, line.offset, flags, None)
+    return FlatRange(line.start, line.size, region, line.offset, flags)
 
 
 def make_region(kind: str, name: str, size: int) -> MemoryRegion:

@@ -28,10 +28,10 @@ from memlistener.errors import RegionError
 if TYPE_CHECKING:
     from memlistener.core.region import MemoryRegion
 
-# (low, high, region, the address of the region's offset 0, flags, via)
-Piece: TypeAlias = "tuple[int, int, MemoryRegion, int, int, Chain]"
-# (low, order, high, region, base, flags, via): sorts by address, then by order.
-Placement: TypeAlias = "tuple[int, int, int, MemoryRegion, int, int, Chain]"
+# (low, high, region, the address of the region's offset 0, flags)
+Piece: TypeAlias = "tuple[int, int, MemoryRegion, int, int]"
+# (low, order, high, region, base, flags): sorts by address, then by order.
+Placement: TypeAlias = "tuple[int, int, int, MemoryRegion, int, int]"
 
 
 def render(root: MemoryRegion, low: int, high: int) -> Iterator[Piece]:
@@ -53,8 +53,8 @@ def render(root: MemoryRegion, low: int, high: int) -> Iterator[Piece]:
             index += 1
             if index == count or placements[index][0] >= placement[2]:
                 # Alone on its stretch, as most are.
-                start, _, end, region, base, flags, via = placement
-                yield start, end, region, base, flags, via
+                start, _, end, region, base, flags = placement
+                yield start, end, region, base, flags
                 at = end
                 continue
             at = placement[0]
@@ -77,7 +77,7 @@ def render(root: MemoryRegion, low: int, high: int) -> Iterator[Piece]:
             if other[2] > end:
                 heappush(covering, (other[1], other))
             index += 1
-        yield at, end, top[3], top[4], top[5], top[6]
+        yield at, end, top[3], top[4], top[5]
         at = end
 
 
@@ -91,7 +91,7 @@ def place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
     out: list[Placement] = []
     append = out.append
     order = 0
-    # (children left, own placement, base, low, high, flags, via)
+    # (children left, own placement, base, low, high, flags, the aliases on the way)
     stack: list[tuple[Iterator[MemoryRegion], Any, int, int, int, int, Chain]] = [
         (iter((root,)), None, 0, low, high, 0, None)
     ]
@@ -107,7 +107,7 @@ def place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
             if first >= last:
                 continue
             if child._terminates and child._children is None:
-                append((first, order, last, child, start, flags | child._flags, via))
+                append((first, order, last, child, start, flags | child._flags))
                 order += 1
                 continue
             # Not a leaf: come back to this frame when the child is done.
@@ -137,9 +137,7 @@ def place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
             else:
                 grandchildren = child._children
                 own_placement = (
-                    (first, last, child, start, flags | child._flags, via)
-                    if child._terminates
-                    else None
+                    (first, last, child, start, flags | child._flags) if child._terminates else None
                 )
                 stack.append(
                     (
@@ -157,7 +155,7 @@ def place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
             break
         else:
             if own is not None:
-                first, last, region, start, its_flags, its_via = own
-                append((first, order, last, region, start, its_flags, its_via))
+                first, last, region, start, its_flags = own
+                append((first, order, last, region, start, its_flags))
                 order += 1
     return out

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from random import Random
+
 import attrs
 import pytest
 from hypothesis import given
@@ -132,3 +135,66 @@ def test_put_back() -> None:
     latest = MemoryRegion.ram("latest", 1)
     children.add(latest)
     assert list(children) == [latest, *regions[::-1]]
+
+
+def test_the_enabled_ones() -> None:
+    """F7: who is enabled is known without a look at the others."""
+    container = MemoryRegion.container("container", 1 << 32)
+    regions = [MemoryRegion.io(f"r{number}", 1, None) for number in range(5)]
+    regions[0].set_enabled(False)
+    for number, region in enumerate(regions):
+        container.add_subregion(number, region)
+    children = container._children
+    assert children is not None
+    assert children.enabled == set(regions[1:])
+    for region in regions[1:4]:
+        region.set_enabled(False)
+    assert children.enabled == {regions[4]}
+    container.del_subregion(regions[4])
+    assert children.enabled == set()
+    regions[4].set_enabled(False)
+    regions[4].set_enabled(True)
+    regions[2].set_enabled(True)
+    assert children.enabled == {regions[2]}
+
+
+class Counting(dict[MemoryRegion, None]):
+    """Counts how often somebody goes over it."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[MemoryRegion]:
+        Counting.walks += 1
+        return super().__iter__()
+
+
+def test_putting_back_sorts_once() -> None:
+    """T13: undoing n moves costs n, and whoever asks for the order then one sorting."""
+    children = Children()
+    regions = [MemoryRegion.io(f"r{number}", 1, None) for number in range(40)]
+    for region in regions:
+        children.add(region)
+    children._by_priority[0] = Counting(children._by_priority[0])
+    ranks = [region._rank for region in regions]
+    for region, rank in zip(regions, ranks, strict=True):
+        children.remove(region)
+        children.put_back(region, rank)
+    assert Counting.walks == 0
+    assert list(children) == regions[::-1]
+    assert Counting.walks == 1
+
+
+@examples(dev=100, ci=300)
+@given(st.lists(st.integers(-50, 50)), st.randoms(use_true_random=False))
+def test_many_priorities(priorities: list[int], random: Random) -> None:
+    """F4: each may have a priority of its own."""
+    children = Children()
+    added: list[MemoryRegion] = []
+    for priority in priorities:
+        region = MemoryRegion.io("r", 1, None)
+        region._priority = priority
+        children.add(region)
+        added.append(region)
+        if random.random() < 0.3:
+            children.remove(added.pop(random.randrange(len(added))))
+        assert list(children) == tried_first(added)

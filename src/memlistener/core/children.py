@@ -15,6 +15,7 @@ container of 100,000 children as cheap as in one of 10.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -29,11 +30,21 @@ _GRID_FROM = 16
 class Children:
     """The subregions of one container."""
 
-    __slots__ = ("_by_priority", "_count", "_grid", "_next_rank", "_priorities")
+    __slots__ = (
+        "_by_priority",
+        "_count",
+        "_enabled",
+        "_grid",
+        "_next_rank",
+        "_priorities",
+        "_unsorted",
+    )
 
     def __init__(self) -> None:
         self._by_priority: dict[int, dict[MemoryRegion, None]] = {}
-        self._priorities: list[int] = []  # descending
+        self._priorities: list[int] = []  # negated, so ascending
+        self._unsorted: set[int] = set()  # priorities whose dicts are not in order of rank
+        self._enabled: set[MemoryRegion] = set()
         self._count = 0
         self._next_rank = 0
         # size class -> cell -> children that start in the cell
@@ -44,16 +55,22 @@ class Children:
 
     def __iter__(self) -> Iterator[MemoryRegion]:
         """The children in the order they are tried. O(n)."""
-        for priority in self._priorities:
-            yield from reversed(self._by_priority[priority])
+        for priority in self._unsorted:
+            siblings = self._by_priority[priority]
+            self._by_priority[priority] = dict.fromkeys(sorted(siblings, key=_rank))
+        self._unsorted.clear()
+        for negated in self._priorities:
+            yield from reversed(self._by_priority[-negated])
 
     def add(self, child: MemoryRegion) -> None:
-        """File ``child`` as the latest of its priority. O(1)."""
+        """File ``child`` as the latest of its priority. O(1), and a bisection for a new one."""
         siblings = self._by_priority.get(child._priority)
         if siblings is None:
             siblings = self._by_priority[child._priority] = {}
-            self._priorities = sorted(self._by_priority, reverse=True)
+            insort(self._priorities, -child._priority)
         siblings[child] = None
+        if child._enabled:
+            self._enabled.add(child)
         self._next_rank += 1
         child._rank = self._next_rank
         self._count += 1
@@ -70,16 +87,35 @@ class Children:
         del siblings[child]
         if not siblings:
             del self._by_priority[child._priority]
-            self._priorities.remove(child._priority)
+            del self._priorities[bisect_left(self._priorities, -child._priority)]
+            self._unsorted.discard(child._priority)
+        self._enabled.discard(child)
         self._count -= 1
         self.unfile(child)
 
     def put_back(self, child: MemoryRegion, rank: int) -> None:
-        """File ``child`` where it stood when it had ``rank``. O(n log n): for undoing."""
+        """File ``child`` where it stood when it had ``rank``: for undoing. O(1).
+
+        Who next asks for the order pays for it, once for all that were put back.
+        """
         self.add(child)
         child._rank = rank
-        siblings = self._by_priority[child._priority]
-        self._by_priority[child._priority] = dict.fromkeys(sorted(siblings, key=_rank))
+        self._unsorted.add(child._priority)
+
+    def switch(self, child: MemoryRegion) -> None:
+        """``child`` was enabled or disabled. O(1)."""
+        if child._enabled:
+            self._enabled.add(child)
+            return
+        self._enabled.discard(child)
+        if len(self._enabled) == 1:
+            # A set that was large is slow to look through for the one that is left.
+            self._enabled = set(self._enabled)
+
+    @property
+    def enabled(self) -> set[MemoryRegion]:
+        """The children that are enabled, in no order."""
+        return self._enabled
 
     def file(self, child: MemoryRegion) -> None:
         """File a child by address again, after its size or address changed."""

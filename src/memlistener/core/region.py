@@ -547,6 +547,8 @@ class MemoryRegion:
 
         def apply(value: bool = enabled) -> None:
             self._enabled = value
+            if self._container is not None and self._container._children is not None:
+                self._container._children.switch(self)
 
         old = self._enabled
         change(self, "set_enabled", apply, lambda: apply(old))

@@ -34,14 +34,12 @@ def view_root(root: MemoryRegion) -> MemoryRegion | None:
                 return root
             root = target
         elif not root._terminates:
-            only: MemoryRegion | None = None
-            for child in root._children or ():
-                if child._enabled:
-                    if only is not None:
-                        return root
-                    only = child
-            if only is None:
+            enabled = root._children.enabled if root._children is not None else ()
+            if len(enabled) > 1:
+                return root
+            if not enabled:
                 return None
+            only = next(iter(enabled))
             if only._addr or root._addr or root._size < only._size or root._flags & INHERITED:
                 return root
             root = only

@@ -487,7 +487,7 @@ async def test_one_listener_of_two_spaces(machine: Machine) -> None:
     await machine.memory.register(listener, second)
     async with machine.memory.transaction():
         machine.root.add_subregion(0, io("io"))
-    with pytest.raises(ListenerError, match=r"2 address spaces here: .*memory.*second"):
+    with pytest.raises(ListenerError, match=r"several address spaces: say which of .*memory.*second"):
         await machine.memory.unregister(listener)
     await machine.memory.unregister(listener, machine.space)
     await machine.memory.unregister(listener)
@@ -503,7 +503,7 @@ async def test_registering_what_cannot_be(machine: Machine) -> None:
         await MemorySystem().register(RecordingListener(), machine.space)
     with pytest.raises(ListenerError, match="not a MemoryListener"):
         await machine.memory.register(object(), machine.space)  # type: ignore[arg-type]
-    with pytest.raises(ListenerError, match="registered for 0 address spaces"):
+    with pytest.raises(ListenerError, match="is not registered for any address space here"):
         await machine.memory.unregister(RecordingListener())
     assert machine.space.listeners == (listener,)
     assert listener.heard == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import trio
 import trio.testing
@@ -14,6 +16,7 @@ from memlistener import (
     MemoryRegionOps,
     MemorySystem,
     MemTxAttrs,
+    RegionTypeError,
     TransactionError,
 )
 from memlistener.testing import RecordingListener
@@ -117,12 +120,48 @@ async def test_create_inside_a_transaction(machine: Machine) -> None:
     assert machine.memory.address_spaces == (machine.space,)
 
 
+async def test_create_inside_a_hook(machine: Machine) -> None:
+    """T8, T12: refused while a listener is being registered too."""
+    outcome: list[str] = []
+
+    class Creating(MemoryListener):
+        def begin(self) -> None:
+            with pytest.raises(TransactionError, match="cannot be created") as info:
+                machine.memory.create_address_space("new", machine.root)
+            outcome.append(str(info.value))
+
+    await machine.memory.register(Creating(), machine.space)
+    async with machine.memory.transaction():
+        machine.window.set_enabled(False)
+    assert len(outcome) == 2
+    assert machine.memory.address_spaces == (machine.space,)
+
+
+@pytest.mark.parametrize("root", [None, "root", 0])
+def test_a_root_that_is_no_region(machine: Machine, root: Any) -> None:
+    """A clear TypeError, here and in a render without an address space."""
+    with pytest.raises(RegionTypeError, match="is a MemoryRegion, not"):
+        machine.memory.create_address_space("new", root)
+    with pytest.raises(RegionTypeError, match="is a MemoryRegion, not"):
+        FlatView.render(root)
+
+
+def test_a_name_that_is_none(machine: Machine) -> None:
+    """It is for messages, which would read oddly."""
+    name: Any = None
+    with pytest.raises(RegionTypeError, match="name is a str"):
+        machine.memory.create_address_space(name, machine.root)
+
+
 def test_destroy(machine: Machine) -> None:
-    """T11: the tree is free again; destroying twice is harmless."""
+    """T11: the tree is free again; destroying twice is refused, and so is a stranger's."""
     with pytest.raises(TransactionError):
         machine.ram.set_size(0x1000)
+    with pytest.raises(ListenerError, match="not an address space of this memory system"):
+        MemorySystem().destroy_address_space(machine.space)
     machine.memory.destroy_address_space(machine.space)
-    machine.memory.destroy_address_space(machine.space)
+    with pytest.raises(ListenerError, match="not an address space of this memory system"):
+        machine.memory.destroy_address_space(machine.space)
     assert machine.memory.address_spaces == ()
     machine.ram.set_size(0x1000)
     again = machine.memory.create_address_space("again", machine.root)
@@ -185,3 +224,29 @@ async def test_destroy_before_a_waiting_listener_gets_its_turn(machine: Machine)
         machine.memory.destroy_address_space(machine.space)
     assert waiting.heard == []
     assert machine.space.listeners == ()
+
+
+async def test_spaces_that_reduce_to_another_root_unseen(machine: Machine) -> None:
+    """F7: a child that shows nothing may decide what a root comes down to."""
+    outer = MemoryRegion.container("outer", 0x2000)
+    unseen = MemoryRegion.io("unseen", 1, None)
+    outer.add_subregion(0, MemoryRegion.alias("all", machine.ram, offset=0, size=0x2000))
+    outer.add_subregion(0x5000, unseen)
+    one = machine.memory.create_address_space("one", outer)
+    two = machine.memory.create_address_space("two", machine.ram)
+    assert one.view is not two.view
+    listener = RecordingListener()
+    await machine.memory.register(listener, one)
+    listener.clear()
+    async with machine.memory.transaction():
+        unseen.set_enabled(False)
+    assert one.view is two.view
+    assert listener.trace == []
+    async with machine.memory.transaction():
+        machine.ram.set_enabled(False)
+        unseen.set_enabled(True)
+    assert (len(one.view), len(two.view)) == (0, 0)
+    async with machine.memory.transaction():
+        machine.ram.set_enabled(True)
+    assert one.view == two.view == FlatView.render(machine.ram)
+    assert one.view is not two.view

@@ -522,7 +522,10 @@ async def test_taken_out_and_committed(machine: Machine) -> None:
 async def test_a_region_of_two_memory_systems(machine: Machine) -> None:
     """T11: one transaction cannot be of two systems, so the change is refused."""
     second = MemorySystem()
-    second.create_address_space("second", machine.ram)
+    root = MemoryRegion.container("second root", 0x10000)
+    second.create_address_space("second", root)
+    async with second.transaction():
+        root.add_subregion(0, MemoryRegion.alias("theirs", machine.ram, offset=0, size=0x1000))
     before = snapshot(machine.regions)
     async with machine.memory.transaction(), second.transaction():
         with pytest.raises(RegionError, match="two memory systems"):
@@ -530,7 +533,113 @@ async def test_a_region_of_two_memory_systems(machine: Machine) -> None:
     assert snapshot(machine.regions) == before
 
 
+@pytest.mark.parametrize("what", ["the root", "below it", "beside it"])
+def test_a_tree_of_two_memory_systems(machine: Machine, what: str) -> None:
+    """T11: refused where it begins, naming both address spaces."""
+    root = MemoryRegion.container("second root", 0x10000)
+    if what == "the root":
+        root = machine.root
+    elif what == "below it":
+        root.add_subregion(0, MemoryRegion.alias("theirs", machine.ram, offset=0, size=0x1000))
+    else:
+        root = machine.ram
+    second = MemorySystem()
+    with pytest.raises(RegionError, match=r"'second' of .*AddressSpace 'memory'"):
+        second.create_address_space("second", root)
+    assert second.address_spaces == ()
+
+
+async def test_left_out_of_order(machine: Machine) -> None:
+    """T1, T13: an outer transaction left before the inner one takes both back."""
+    outer, inner = machine.memory.transaction(), machine.memory.transaction()
+    await outer.__aenter__()
+    await inner.__aenter__()
+    before, view = snapshot(machine.regions), machine.space.view
+    machine.device.set_enabled(False)
+    with pytest.raises(TransactionError, match="while one within it was open"):
+        await outer.__aexit__(None, None, None)
+    assert snapshot(machine.regions) == before
+    with pytest.raises(TransactionError, match="while one within it was open"):
+        await inner.__aexit__(None, None, None)
+    assert machine.space.view is view
+    assert machine.memory.broken is None
+    async with machine.memory.transaction():
+        machine.device.set_enabled(False)
+    machine.check()
+
+
+async def test_an_inner_one_left_out_of_order(machine: Machine) -> None:
+    """T1: the outermost goes on with what it changed before."""
+    memory = machine.memory
+    async with memory.transaction():
+        machine.device.set_enabled(False)
+        middle, inner = memory.transaction(), memory.transaction()
+        await middle.__aenter__()
+        await inner.__aenter__()
+        machine.ram.set_enabled(False)
+        with pytest.raises(TransactionError, match="while one within it was open"):
+            await middle.__aexit__(None, None, None)
+        error = ValueError("the body's own")
+        await inner.__aexit__(ValueError, error, None)  # says no more, and lets it out
+    assert (machine.device.enabled, machine.ram.enabled) == (False, True)
+    machine.check()
+
+
 # ---- T12: no transactions and no changes from hooks ------------------------------------
+
+
+async def test_t12_a_child_task_of_a_hook(machine: Machine) -> None:
+    """T12: a hook that waits for a task that waits for the hook: refused, not hung."""
+
+    class Delegating(MemoryListener):
+        async def commit(self) -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.change)
+
+        async def change(self) -> None:
+            async with trio.open_nursery() as nursery:  # a grandchild does as well
+                nursery.start_soon(self.really_change)
+
+        async def really_change(self) -> None:
+            with pytest.raises(TransactionError, match="a listener's hook started and waits for"):
+                async with machine.memory.transaction():
+                    pass
+
+    with trio.fail_after(5):
+        await machine.memory.register(Delegating(), machine.space)
+        async with machine.memory.transaction():
+            machine.window.set_enabled(False)
+    machine.check()
+
+
+async def test_t12_a_child_task_of_who_commits(machine: Machine) -> None:
+    """T14: a task that the hook does not wait for waits its turn, whoever's child it is."""
+    order: list[str] = []
+
+    class Slow(MemoryListener):
+        async def commit(self) -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            order.append("commit")
+
+    async def other(memory: MemorySystem) -> None:
+        await delivering.wait()
+        async with memory.transaction():
+            order.append("other")
+
+    class Waking(MemoryListener):
+        def begin(self) -> None:
+            delivering.set()
+
+    delivering = trio.Event()
+    await machine.memory.register(Slow(), machine.space)
+    await machine.memory.register(Waking(), machine.space)
+    delivering, order[:] = trio.Event(), []
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other, machine.memory)
+            async with machine.memory.transaction():
+                machine.window.set_enabled(False)
+    assert order == ["commit", "other"]
 
 
 class Meddling(MemoryListener):
@@ -873,35 +982,30 @@ async def test_a_timeout_in_the_body(machine: Machine, autojump_clock: object) -
 
 
 def interrupted(line: int) -> tuple[int, Machine, RecordingListener]:
-    """A transaction with Ctrl-C at the given line of the library that it comes by.
-
-    Not in its body, where Ctrl-C is an error of the body like any other.
-    """
+    """A transaction with Ctrl-C at the given line of the library that it comes by."""
     package = os.path.dirname(memory_module.__file__)
     machine, listener = Machine(), RecordingListener()
     passed = 0
-    in_body = False
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal passed
-        if os.path.dirname(frame.f_code.co_filename) != package:
+        if not frame.f_code.co_filename.startswith(package):
             return None
-        if event == "line" and not in_body:
+        if event == "line":
             passed += 1
             if passed == line + 1:
                 signal.raise_signal(signal.SIGINT)
         return trace
 
     async def main() -> None:
-        nonlocal in_body
         await machine.memory.register(listener, machine.space)
         sys.settrace(trace)
         try:
             async with machine.memory.transaction():
-                in_body = True
                 machine.window.set_size(0x800)
                 machine.window.set_address(0x9000)
-                in_body = False
+                machine.root.del_subregion(machine.flash)
+                machine.root.add_subregion_overlap(0x100, machine.flash, 1)
         finally:
             sys.settrace(None)
         await trio.lowlevel.checkpoint()

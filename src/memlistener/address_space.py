@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from memlistener import dispatch
 from memlistener.core.flatview import FlatView
 from memlistener.core.ioeventfd import Attached
 from memlistener.core.ops import UNSPECIFIED, MemTxAttrs, MemTxResult
 from memlistener.core.region import MemoryRegion
-from memlistener.errors import RegionError, UnassignedAccessError
+from memlistener.errors import RegionError, RegionTypeError, UnassignedAccessError
 from memlistener.listener import Hook, MemoryListener, Registration
 
 if TYPE_CHECKING:
     from memlistener.memory import MemorySystem
+
+# What has Python's buffer protocol; `collections.abc.Buffer` is Python 3.12's.
+Buffer: TypeAlias = "bytes | bytearray | memoryview | Any"
+
+
+class Sharing:
+    """Which address spaces come down to which region, and so share its view (rule F7)."""
+
+    def __init__(self) -> None:
+        self._spaces: dict[MemoryRegion | None, dict[AddressSpace, None]] = {}
+
+    def of(self, root: MemoryRegion | None) -> Iterable[AddressSpace]:
+        """Those that come down to ``root`` now."""
+        return self._spaces.get(root, ())
+
+    def add(self, space: AddressSpace) -> None:
+        """``space`` shows what it comes down to."""
+        self._spaces.setdefault(space._view_root, {})[space] = None
+
+    def remove(self, space: AddressSpace) -> None:
+        """``space`` no longer does."""
+        spaces = self._spaces[space._view_root]
+        del spaces[space]
+        if not spaces:
+            del self._spaces[space._view_root]
 
 
 class AddressSpace:
@@ -25,10 +50,17 @@ class AddressSpace:
     """
 
     def __init__(
-        self, memory: MemorySystem, name: str, root: MemoryRegion, *, unassigned_raises: bool
+        self,
+        memory: MemorySystem,
+        name: str,
+        root: MemoryRegion,
+        *,
+        number: int,
+        unassigned_raises: bool,
     ) -> None:
         """Use `MemorySystem.create_address_space`."""
         self._memory = memory
+        self._number = number  # in the order of creation
         self._name = name
         self._root = root
         self._unassigned_raises = unassigned_raises
@@ -58,6 +90,14 @@ class AddressSpace:
     def view(self) -> FlatView:
         """The published view: as of the last commit, whole, from any thread."""
         return self._view
+
+    def _publish(self, view: FlatView, root: MemoryRegion | None) -> None:
+        """Show ``view``, which was rendered from ``root``: for readers one assignment."""
+        self._view = view
+        if root is not self._view_root:
+            self._memory._sharing.remove(self)
+            self._view_root = root
+            self._memory._sharing.add(self)
 
     @property
     def listeners(self) -> tuple[MemoryListener, ...]:
@@ -99,10 +139,8 @@ class AddressSpace:
             self._count_unassigned(addr, size, "read", unassigned)
         return data, result
 
-    async def write(
-        self, addr: int, data: bytes | bytearray | memoryview, attrs: MemTxAttrs = UNSPECIFIED
-    ) -> MemTxResult:
-        """Write ``data`` at ``addr``, as a device or a CPU would.
+    async def write(self, addr: int, data: Buffer, attrs: MemTxAttrs = UNSPECIFIED) -> MemTxResult:
+        """Write ``data`` (bytes, or any other buffer) at ``addr``, as a device or a CPU would.
 
         Returns:
             How it went: what meets nothing or read-only memory vanishes.
@@ -111,7 +149,7 @@ class AddressSpace:
             RegionError: The range is not within 64 bits.
             UnassignedAccessError: As for `read`.
         """
-        raw = data if isinstance(data, bytes) else bytes(data)
+        raw = data if isinstance(data, bytes) else _buffer(data).tobytes()
         self._check_range(addr, len(raw))
         return await self.write_in(self._view, addr, raw, attrs)
 
@@ -145,7 +183,7 @@ class AddressSpace:
         found: memoryview = each.region.block.view[offset : offset + size]
         return found if dispatch.writes_memory(each) else found.toreadonly()
 
-    def load(self, addr: int, data: bytes | bytearray | memoryview) -> None:
+    def load(self, addr: int, data: Buffer) -> None:
         """Put ``data`` into RAM or ROM, to set a machine up (``rom_add_blob``).
 
         Plain, and not an access: read-only memory is written, devices are not
@@ -154,7 +192,7 @@ class AddressSpace:
         Raises:
             RegionError: Part of the range is not memory; nothing was written.
         """
-        raw = memoryview(data).cast("B")
+        raw = memoryview(_buffer(data).tobytes())
         self._check_range(addr, len(raw))
         parts: list[tuple[memoryview, memoryview]] = []
         at = addr
@@ -221,3 +259,12 @@ class AddressSpace:
 
     def __repr__(self) -> str:
         return f"<AddressSpace {self._name!r} root {self._root.name!r}>"
+
+
+def _buffer(data: Buffer) -> memoryview:
+    try:
+        return memoryview(data)
+    except TypeError as exc:
+        raise RegionTypeError(
+            f"data is bytes or another buffer, not {type(data).__name__}"
+        ) from exc

@@ -41,13 +41,13 @@ class Delivery:
         hooks = space._hooks
         self._begun.append(change)
         if change.quiet:
-            space._view, space._view_root = change.new, change.root
+            space._publish(change.new, change.root)
             await self.events(space, hooks, change.events)
             await self.events(space, hooks, change.eventfds)
             return
         await self.plain(space, hooks, "begin")
         await self.events(space, hooks, change.events)
-        space._view, space._view_root = change.new, change.root
+        space._publish(change.new, change.root)
         await self.events(space, hooks, change.eventfds)
         await self.plain(space, hooks, "commit")
 
@@ -85,7 +85,7 @@ class Delivery:
             for each in who:
                 await each.tell("begin")
             await self._inverse(space, heard)
-            space._view, space._view_root = change.old, change.old_root
+            space._publish(change.old, change.old_root)
             for each in who:
                 await each.tell("commit")
 

@@ -18,19 +18,24 @@ outermost transaction of the task ends, in this order:
    view, commit (T13). If that raises too, the memory system is broken.
 
 One transaction at a time: a second task waits its turn, in order of arrival.
-Control-C is kept out of all this (`enable_ki_protection`): it arrives in the body
-of a transaction, which rolls back, or afterwards.
+Control-C is kept out of all this (`enable_ki_protection`), and out of each mutator
+(`protect`), which it could leave half done: it arrives between two of them in the
+body of a transaction, which rolls back, or afterwards.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import weakref
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 import trio
 
-from memlistener.address_space import AddressSpace
+from memlistener import protect
+from memlistener.address_space import AddressSpace, Sharing
+from memlistener.core.change import owners_around
 from memlistener.core.diff import replay, replay_reversed
 from memlistener.core.events import Event
 from memlistener.core.flatview import FlatView
@@ -38,7 +43,13 @@ from memlistener.core.region import MemoryRegion
 from memlistener.core.sharing import view_root
 from memlistener.delivery import Delivery
 from memlistener.dirty_log import DirtyLog
-from memlistener.errors import BrokenMemoryError, ListenerError, TransactionError
+from memlistener.errors import (
+    BrokenMemoryError,
+    ListenerError,
+    RegionError,
+    RegionTypeError,
+    TransactionError,
+)
 from memlistener.listener import (
     MemoryListener,
     Registration,
@@ -46,6 +57,10 @@ from memlistener.listener import (
     insert_in_order,
 )
 from memlistener.pending import Pending
+
+# Those that have, or had, address spaces. Nearly always there is one, and then
+# nobody has to look whether a tree is another's too.
+_systems: weakref.WeakSet[MemorySystem] = weakref.WeakSet()
 
 
 class MemorySystem:
@@ -59,8 +74,11 @@ class MemorySystem:
         self._spaces: list[AddressSpace] = []
         self._lock = trio.Lock()
         self._owner: trio.lowlevel.Task | None = None  # who has the lock
-        self._depth = 0
+        self._open: list[Transaction] = []  # the outermost first; all of one task
         self._delivering = False
+        self._outside: list[trio.Nursery] = []  # the owner's, from before it had the lock
+        self._created = itertools.count()
+        self._sharing = Sharing()
         self._broken: BaseException | None = None
         self._on_broken: list[Callable[[BaseException], None]] = []
         self._pending = Pending(self)
@@ -89,34 +107,51 @@ class MemorySystem:
                 instead of counting it.
 
         Raises:
-            TransactionError: A transaction is open.
-            RegionError: The tree cannot be rendered: an alias shows itself.
+            TransactionError: A transaction is open, or a listener is being registered.
+            RegionError: The tree cannot be rendered (an alias shows itself), or
+                parts of it are shown by another memory system.
             BrokenMemoryError: The system is broken.
         """
         self._check_usable()
-        if self._depth:
+        if not isinstance(root, MemoryRegion):
+            raise RegionTypeError(f"root of address space {name!r} is a MemoryRegion, not {root!r}")
+        if not isinstance(name, str):
+            raise RegionTypeError(f"an address space's name is a str, not {name!r}")
+        if self._owner is not None:
             raise TransactionError(
-                f"address space {name!r} cannot be created inside a transaction: do it before"
+                f"address space {name!r} cannot be created inside a transaction, or while a "
+                f"listener is being registered: do it before"
             )
-        space = AddressSpace(self, name, root, unassigned_raises=unassigned_raises)
+        _systems.add(self)
+        for owner in owners_around(root) if len(_systems) > 1 else ():
+            if isinstance(owner, AddressSpace) and owner.memory is not self:
+                raise RegionError(
+                    f"address space {name!r} of {root!r} would show what {owner!r} of another "
+                    f"memory system shows: they could not change it in one transaction"
+                )
+        space = AddressSpace(
+            self, name, root, number=next(self._created), unassigned_raises=unassigned_raises
+        )
         space._view_root = view_root(root)
-        for other in self._spaces:
-            if other._view_root is space._view_root:  # rule F7
-                space._view = other._view
-                break
+        for other in self._sharing.of(space._view_root):  # rule F7
+            space._view = other._view
+            break
         else:
             space._view = FlatView.render(root, log_mask=self._dirty_log.mask)
         root._attach_owner(space)
         self._spaces.append(space)
+        self._sharing.add(space)
         return space
 
     def destroy_address_space(self, space: AddressSpace) -> None:
         """Forget an address space; its tree stays, and may be free to change.
 
         Raises:
-            ListenerError: Listeners are still registered.
+            ListenerError: Listeners are still registered, or it is not an address
+                space of this memory system, or no longer.
             TransactionError: A transaction is open.
         """
+        self._check_member(space)
         if space._registrations:
             raise ListenerError(
                 f"{space!r} still has listeners: unregister {list(space.listeners)!r} first"
@@ -126,9 +161,16 @@ class MemorySystem:
                 f"{space!r} cannot be destroyed inside a transaction, or while a listener is "
                 f"being registered"
             )
-        if space in self._spaces:
-            self._spaces.remove(space)
-            space._root._detach_owner(space)
+        self._spaces.remove(space)
+        self._sharing.remove(space)
+        space._root._detach_owner(space)
+
+    def _check_member(self, space: AddressSpace) -> None:
+        if space not in self._spaces:
+            raise ListenerError(
+                f"{space!r} is not an address space of this memory system: it was destroyed, or "
+                f"is another's"
+            )
 
     # ---- transactions -----------------------------------------------------------
 
@@ -136,14 +178,17 @@ class MemorySystem:
         """``async with memory.transaction():`` the tree may change inside.
 
         Nests within one task; only the outermost end tells the listeners. When
-        the body raises or is cancelled, what it changed is taken back.
+        the body raises or is cancelled, what it changed is taken back: what it
+        changed of live trees, that is. A region that no address space reaches is
+        free, and keeps what was done to it.
 
         Entering is a checkpoint, and waits while another task's transaction is
         open. Leaving is shielded from cancellation; it gives way to other tasks
         only where a listener's hook does.
 
         Raises:
-            TransactionError: Opened from inside a listener's hook.
+            TransactionError: Opened from inside a listener's hook, or by a task
+                that such a hook waits for; or left while one within it is open.
             BrokenMemoryError: The system is broken.
         """
         return Transaction(self)
@@ -170,7 +215,7 @@ class MemorySystem:
                 f"{what} of {region!r} inside a listener's hook: the map is being "
                 f"delivered; do it in a transaction of another task afterwards"
             )
-        if not self._depth or not self._owned():
+        if not self._open or not self._owned():
             raise TransactionError(
                 f"{what} of {region!r}, which is live: do it inside "
                 f"'async with memory.transaction()', in the task that opened it"
@@ -182,23 +227,39 @@ class MemorySystem:
         if self._owned():
             where = "a listener's hook" if self._delivering else "an open transaction"
             raise TransactionError(f"{what} inside {where} of the same task")
+        if self._delivering and self._hook_waits():
+            raise TransactionError(
+                f"{what} in a task that a listener's hook started and waits for: it would wait "
+                f"for the hook to end, and the hook for it"
+            )
         await self._lock.acquire()
         self._owner = trio.lowlevel.current_task()
+        self._outside = self._owner.child_nurseries.copy()
         try:
             self._check_usable()
         except BaseException:
             self._release()
             raise
 
+    def _hook_waits(self) -> bool:
+        """Whether the current task is in a nursery that the owner of the lock has to wait for."""
+        task = trio.lowlevel.current_task()
+        while (nursery := task.parent_nursery) is not None:
+            task = nursery.parent_task
+            if task is self._owner:
+                return nursery not in self._outside
+        return False
+
     def _release(self) -> None:
         self._owner = None
+        self._outside = []
         self._lock.release()
 
     async def _commit(self) -> None:
         """The outermost end. The tree is final, nobody has been told."""
         delivery = Delivery()
         try:
-            changes = self._pending.changes(self._spaces, self._dirty_log.mask)
+            changes = self._pending.changes(self._dirty_log.mask)
             if changes:
                 self._delivering = True
                 for change in changes:
@@ -258,9 +319,8 @@ class MemorySystem:
             raise ListenerError(f"{listener!r} is not a MemoryListener: subclass it")
         await self._acquire("register")
         try:
-            if space not in self._spaces:
-                raise ListenerError(f"{space!r} is not an address space of this memory system")
-            if listener in space.listeners:
+            self._check_member(space)
+            if any(each is listener for each in space.listeners):
                 raise ListenerError(f"{listener!r} is registered for {space!r} already")
             registration = Registration.of(listener, space)
             await self._replay(registration, replay(space._view), starting=True)
@@ -293,10 +353,14 @@ class MemorySystem:
                 if each.listener is listener and (space is None or where is space)
             ]
             if len(found) != 1:
-                raise ListenerError(
-                    f"{listener!r} is registered for {len(found)} address spaces here: "
-                    f"{[each.space.name for each in found]}; say which one"
-                )
+                if found:
+                    names = [each.space.name for each in found]
+                    raise ListenerError(
+                        f"{listener!r} is registered for several address spaces: say which of "
+                        f"{names}"
+                    )
+                target = "any address space here" if space is None else repr(space)
+                raise ListenerError(f"{listener!r} is not registered for {target}")
             registration = found[0]
             where = registration.space
             await self._replay(registration, replay_reversed(where._view), starting=False)
@@ -415,7 +479,7 @@ class Transaction:
         else:
             await memory._acquire("a transaction")
             self._outermost = True
-        memory._depth += 1
+        memory._open.append(self)
         self._mark = len(memory._pending.journal)
 
     @trio.lowlevel.enable_ki_protection
@@ -426,17 +490,32 @@ class Transaction:
         traceback: TracebackType | None,
     ) -> None:
         memory = self._memory
+        opened = memory._open
+        if self not in opened:  # one around it was left first, and took all back
+            if exc is None:
+                raise TransactionError(_LEFT_EARLY)
+            return
+        inner = opened[-1] is not self
         try:
-            if exc is not None:
+            if exc is not None or inner:
                 memory._pending.rollback(self._mark)
             elif self._outermost and memory._pending.damaged:
                 await memory._commit()
         except BaseException as error:
-            if memory._broken is None and exc is not None:
+            if memory._broken is None and (exc is not None or inner):
                 memory._break(error)
             raise
         finally:
-            memory._depth -= 1
+            del opened[opened.index(self) :]
             if self._outermost:
                 memory._pending.forget()
                 memory._release()
+        if inner and exc is None:
+            raise TransactionError(_LEFT_EARLY)
+
+
+_LEFT_EARLY = (
+    "a transaction was left while one within it was open: the changes of both were taken back; "
+    "use 'async with', which leaves them in order"
+)
+protect.apply()

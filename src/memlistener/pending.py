@@ -117,11 +117,11 @@ class Pending:
         return bool(self._damage or self._attached)
 
     def damage(self, space: AddressSpace, low: int, high: int) -> None:
-        """[low, high) of ``space`` may look different."""
+        """[low, high) of ``space`` may look different; empty: but not its map."""
         windows = self._damage.get(space)
         if windows is None:
-            self._damage[space] = [(low, high)]
-        else:
+            windows = self._damage[space] = []
+        if low < high:
             windows.append((low, high))
 
     def reattached(
@@ -153,22 +153,26 @@ class Pending:
         self._before.clear()
         self._limbo.clear()
 
-    def changes(self, spaces: Sequence[AddressSpace], log_mask: int) -> list[SpaceChange]:
+    def changes(self, log_mask: int) -> list[SpaceChange]:
         """What differs, address space by address space (rules T1, T5, T10).
 
         Raises:
             RegionError: The tree cannot be rendered: an alias shows itself.
         """
         found: list[SpaceChange] = []
-        views = _Views(spaces, self._damage, log_mask)
+        views = _Views(self._damage, log_mask)
         attached = AttachedDiff(self._before)
-        for space in spaces:
+        concerned = [*self._damage, *(self._attached.keys() - self._damage.keys())]
+        if len(concerned) > 1:
+            concerned.sort(key=_creation)
+        for space in concerned:
             old = new = space._view
             root = space._view_root
             events: list[Event] = []
             if space in self._damage:
                 root = view_root(space._root)
-                new, events = views.next(space, root)
+                if self._damage[space] or root is not space._view_root:
+                    new, events = views.next(space, root)
                 if events and "region_nop" in space._hooks:
                     events = diff(old, new, nops=True)
             eventfds: list[Event] = []
@@ -198,10 +202,7 @@ class Pending:
 class _Views:
     """The next views of one commit: rendered once for all that share one (rule F7)."""
 
-    def __init__(
-        self, spaces: Sequence[AddressSpace], damage: dict[AddressSpace, Windows], log_mask: int
-    ) -> None:
-        self._spaces = spaces
+    def __init__(self, damage: dict[AddressSpace, Windows], log_mask: int) -> None:
         self._damage = damage
         self._log_mask = log_mask
         self._views: dict[MemoryRegion | None, FlatView] = {}
@@ -212,7 +213,7 @@ class _Views:
         old = space._view
         known = self._views.get(root)
         if known is None:
-            known = self._elsewhere(root)
+            known = self._elsewhere(space, root)
         if known is not None:
             new = known
         elif root is None:
@@ -230,9 +231,13 @@ class _Views:
             return new, []
         return new, self._events[pair]
 
-    def _elsewhere(self, root: MemoryRegion | None) -> FlatView | None:
+    def _elsewhere(self, space: AddressSpace, root: MemoryRegion | None) -> FlatView | None:
         """The view of an address space that came down to ``root`` already, and stays."""
-        for each in self._spaces:
-            if each._view_root is root and each not in self._damage:
+        for each in space.memory._sharing.of(root):
+            if not self._damage.get(each):
                 return each._view
         return None
+
+
+def _creation(space: AddressSpace) -> int:
+    return space._number

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from array import array
+from typing import Any
+
 import pytest
 import trio
 import trio.testing
@@ -16,6 +20,7 @@ from memlistener import (
     RamBlock,
     RamInUseError,
     RegionError,
+    RegionTypeError,
     UnassignedAccessError,
 )
 
@@ -209,6 +214,8 @@ async def test_a_mapping_outlives_the_map() -> None:
     view = space.map(0, 4)
     async with memory.transaction():
         root.del_subregion(ram)
+    del ram
+    gc.collect()  # the region has a hold of its own
     view[:] = b"safe"
     with pytest.raises(RamInUseError):
         block.close()
@@ -244,3 +251,25 @@ def test_load_writes_all_or_nothing() -> None:
     assert bytes(ram.block.view[-2:]) == bytes(2)
     with pytest.raises(RegionError, match="64 bits"):
         space.load(-1, b"a")
+
+
+# ---- what is written ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [0x41, None, "text", [1, 2]])
+async def test_data_that_is_no_buffer(data: Any) -> None:
+    """An int is no number of zeroes."""
+    space = MemorySystem().create_address_space("memory", MemoryRegion.ram("ram", 0x1000))
+    with pytest.raises(RegionTypeError, match="data is bytes or another buffer, not"):
+        await space.write(0, data)
+    with pytest.raises(RegionTypeError, match="data is bytes or another buffer, not"):
+        space.load(0, data)
+
+
+@pytest.mark.parametrize("data", [array("H", [0x4241, 0x4443]), memoryview(b"AxBxCxDx")[::2]])
+async def test_any_buffer(data: Any) -> None:
+    """Bytes, in the order of the buffer."""
+    space = MemorySystem().create_address_space("memory", MemoryRegion.ram("ram", 0x1000))
+    assert await space.write(0, data) == MemTxResult.OK
+    space.load(4, data)
+    assert await space.read(0, 9) == b"ABCDABCD\0"

@@ -487,7 +487,9 @@ async def test_one_listener_of_two_spaces(machine: Machine) -> None:
     await machine.memory.register(listener, second)
     async with machine.memory.transaction():
         machine.root.add_subregion(0, io("io"))
-    with pytest.raises(ListenerError, match=r"several address spaces: say which of .*memory.*second"):
+    with pytest.raises(
+        ListenerError, match=r"several address spaces: say which of .*memory.*second"
+    ):
         await machine.memory.unregister(listener)
     await machine.memory.unregister(listener, machine.space)
     await machine.memory.unregister(listener)

@@ -6,7 +6,10 @@ import ctypes
 import gc
 import mmap
 import os
+import threading
+import time
 import weakref
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 from memlistener import (
     FlatView,
     MemoryRegion,
+    MemorySystem,
     RamBlock,
     RamInUseError,
     RegionError,
@@ -308,3 +312,99 @@ class TestLifetime:
         block.view[:] = b"address!"
         assert ctypes.string_at(block.host_address, 8) == b"address!"
         block.close()
+
+
+class TestBehindRegions:
+    def test_a_region_keeps_it_open(self) -> None:
+        """T15: what a region shows cannot be unmapped; when the region is gone it can."""
+        block = RamBlock.anonymous(0x1000)
+        region = MemoryRegion.ram("ram", 0x1000, block=block)
+        with pytest.raises(RamInUseError, match="a region"):
+            block.close()
+        del region
+        block.close()
+        lazy = MemoryRegion.ram("ram", 0x1000)
+        with pytest.raises(RamInUseError, match="a region"):
+            lazy.block.close()
+
+    def test_several_threads_get_one_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those of vCPUs may be the first to touch memory: all write to the same."""
+        region = MemoryRegion.ram("ram", 0x1000)
+        anonymous = RamBlock.anonymous
+        started = threading.Barrier(4)
+
+        def slow(size: int, *, name: str = "ram") -> RamBlock:
+            time.sleep(0.05)
+            return anonymous(size, name=name)
+
+        monkeypatch.setattr(RamBlock, "anonymous", slow)
+
+        def touch(at: int) -> None:
+            started.wait()
+            region.block.view[at] = 1
+
+        threads = [threading.Thread(target=touch, args=(at,)) for at in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert bytes(region.block.view[:5]) == b"\1\1\1\1\0"
+
+    async def test_mapped_in_a_transaction_that_fails(self) -> None:
+        """T13: memory that was mapped while the region was smaller is as large as it was."""
+        memory = MemorySystem()
+        root = MemoryRegion.container("root", 0x1000)
+        rom = MemoryRegion.rom("rom", 0x1000, data=b"firmware")
+        root.add_subregion(0, rom)
+        space = memory.create_address_space("space", root)
+
+        async def fail() -> None:
+            async with memory.transaction():
+                rom.set_size(0x400)
+                assert rom.block.size >= 0x400
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await fail()
+        assert rom.size == 0x1000
+        assert len(space.map(0, 0x1000)) == 0x1000
+        assert await space.read(0xFF8, 8) == bytes(8)
+        assert await space.read(0, 8) == b"firmware"
+
+    def test_a_free_region_maps_what_it_is(self) -> None:
+        """Nothing takes a change to a free region back, so its size is all it needs."""
+        region = MemoryRegion.ram("ram", 1 << 40)
+        region.set_size(0x1000)
+        assert region.block.size == 0x1000
+
+    @pytest.mark.parametrize("block", [b"x", bytearray(16), 16])
+    def test_what_is_no_block(self, block: Any) -> None:
+        """A clear TypeError."""
+        with pytest.raises(RegionTypeError, match="is a RamBlock, not"):
+            MemoryRegion.ram("ram", 16, block=block)
+
+    @pytest.mark.parametrize("data", ["abc", None, 5])
+    def test_what_is_no_data(self, data: Any) -> None:
+        """A clear TypeError; any buffer will do, by its bytes."""
+        with pytest.raises(RegionTypeError, match="is bytes, not"):
+            MemoryRegion.rom("rom", 16, data=data)
+        items: Any = array("H", [0x4241, 0x4443])
+        assert bytes(MemoryRegion.rom("rom", 16, data=items).block.view[:5]) == b"ABCD\0"
+        with pytest.raises(RegionError, match="do not fit"):
+            MemoryRegion.rom("rom", 3, data=items)
+
+    def test_arguments(self, tmp_path: Path) -> None:
+        """Names are str, sizes and offsets int."""
+        (tmp_path / "image").write_bytes(b"x" * 0x2000)
+        wrong: Any = "0"
+        with pytest.raises(RegionTypeError, match=r"offset of .*image.* is an int"):
+            RamBlock.file(tmp_path / "image", offset=wrong)
+        with pytest.raises(RegionTypeError, match=r"size of .*image.* is an int"):
+            RamBlock.file(tmp_path / "image", size=True)
+        wrong = None
+        with pytest.raises(RegionTypeError, match=r"offset of .*image.* is an int"):
+            RamBlock.file(tmp_path / "image", offset=wrong)
+        with pytest.raises(RegionTypeError, match="name is a str"):
+            RamBlock.anonymous(16, name=wrong)
+        with pytest.raises(RegionTypeError, match=r"size of .* is an int"):
+            RamBlock.memfd(wrong)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from memlistener import dispatch
 from memlistener.core.flatview import FlatView
+from memlistener.core.identity import Identity
 from memlistener.core.ioeventfd import Attached
 from memlistener.core.ops import UNSPECIFIED, MemTxAttrs, MemTxResult
 from memlistener.core.region import MemoryRegion
@@ -43,7 +44,7 @@ class Sharing:
             del self._spaces[space._view_root]
 
 
-class AddressSpace:
+class AddressSpace(Identity):
     """A root region and what it shows (QEMU's ``AddressSpace``).
 
     Make one with `MemorySystem.create_address_space`.

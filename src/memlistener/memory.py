@@ -39,6 +39,7 @@ from memlistener.core.change import owners_around
 from memlistener.core.diff import replay, replay_reversed
 from memlistener.core.events import Event
 from memlistener.core.flatview import FlatView
+from memlistener.core.identity import Identity
 from memlistener.core.region import MemoryRegion
 from memlistener.core.sharing import view_root
 from memlistener.delivery import Delivery
@@ -63,7 +64,7 @@ from memlistener.pending import Pending
 _systems: weakref.WeakSet[MemorySystem] = weakref.WeakSet()
 
 
-class MemorySystem:
+class MemorySystem(Identity):
     """Address spaces over trees of regions, and the transactions that change them.
 
     Belongs to one trio run. Reading views is free for all threads; everything

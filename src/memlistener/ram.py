@@ -12,11 +12,13 @@ import contextlib
 import ctypes
 import mmap
 import os
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
 
-from memlistener.core import region as _region
+from memlistener.core.identity import Identity
+from memlistener.core.region import MemoryRegion, set_allocator
 from memlistener.errors import RamInUseError, RegionError, RegionTypeError
 
 # Known to Python's mmap from 3.13 on only. The guest's RAM is address space
@@ -29,7 +31,7 @@ _CLOSED = memoryview(b"")
 _CLOSED.release()
 
 
-class RamBlock:
+class RamBlock(Identity):
     """A stretch of host memory that a guest sees (QEMU's ``RAMBlock``).
 
     Make one with `anonymous`, `memfd`, `file` or `from_buffer`. It stays mapped
@@ -103,6 +105,9 @@ class RamBlock:
             RegionError: ``size`` or ``offset`` do not fit the file.
             OSError: The file cannot be opened or mapped.
         """
+        for what, value in (("size", size), ("offset", offset)):
+            if value is not None or what == "offset":
+                _check_int(f"{what} of {os.fspath(path)!r}", value)
         fd = os.open(path, (os.O_RDWR if shared else os.O_RDONLY) | os.O_CLOEXEC)
         try:
             there = os.fstat(fd).st_size
@@ -185,7 +190,7 @@ class RamBlock:
         """Unmap now, instead of when the last user is gone. Idempotent.
 
         Raises:
-            RamInUseError: A view, a slot or an address of it is still in use.
+            RamInUseError: A region, a view, a slot or an address of it is still in use.
         """
         try:
             if isinstance(self._memory, mmap.mmap):
@@ -194,7 +199,8 @@ class RamBlock:
                 self._let_go()
         except BufferError as exc:
             raise RamInUseError(
-                f"{self!r} is still used by a memoryview or a memslot: release those first"
+                f"{self!r} is still used by a region, a memoryview or a memslot: "
+                f"release those first"
             ) from exc
         self._close_fd()
 
@@ -222,10 +228,16 @@ class RamBlock:
 
 
 def _check(name: str, size: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise RegionTypeError(f"size of {name!r} is an int, not {size!r}")
+    if not isinstance(name, str):
+        raise RegionTypeError(f"a block's name is a str, not {name!r}")
+    _check_int(f"size of {name!r}", size)
     if size <= 0:
         raise RegionError(f"size of {name!r} is {size:#x}: it must be positive")
+
+
+def _check_int(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RegionTypeError(f"{what} is an int, not {value!r}")
 
 
 def _pages(size: int) -> int:
@@ -245,11 +257,14 @@ def _map(
         ) from exc
 
 
-def _allocate(name: str, size: int, data: bytes) -> RamBlock:
-    block = RamBlock.anonymous(size, name=name)
-    if data:
-        block.view[: len(data)] = data
-    return block
+_allocating = threading.Lock()
 
 
-_region.set_allocator(_allocate)
+def _allocate(region: MemoryRegion) -> None:
+    with _allocating:  # vCPU threads may be the first to touch a region, several at once
+        if region._block is None:
+            block = RamBlock.anonymous(region._largest, name=region._name)
+            region._take(block, region._data[: region._largest])
+
+
+set_allocator(_allocate)

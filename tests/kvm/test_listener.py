@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 from typing import Any
 
 import pytest
@@ -471,6 +472,8 @@ async def test_t15_slots_pin_their_memory() -> None:
         block.close()
     async with board.memory.transaction():
         board.root.del_subregion(ram)
+    del ram
+    gc.collect()  # the region has a hold of its own
     block.close()
 
 
@@ -484,6 +487,8 @@ async def test_t15_a_failed_add_pins_nothing() -> None:
     with pytest.raises(MemslotError):
         async with board.memory.transaction():
             board.root.add_subregion(0, ram)
+    del ram
+    gc.collect()  # the region has a hold of its own
     block.close()
 
 
@@ -494,7 +499,11 @@ async def test_unregister_takes_the_slots_away() -> None:
     await change.board.memory.unregister(change.board.listener)
     assert change.board.vm.memslots == ()
     assert not change.board.gate.held
-    change.ram.block.close()
+    listener, block = change.board.listener, change.ram.block
+    del change
+    gc.collect()  # the region has a hold of its own
+    block.close()
+    assert listener is not None  # it was here all the time, without a hold on the memory
 
 
 # ---- any sequence of changes, any failures -----------------------------------------------------

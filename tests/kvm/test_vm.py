@@ -6,6 +6,7 @@ Most bodies run on both kernels; see `tests.kvm.rig`.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -535,11 +536,17 @@ async def test_closed_in_a_cancelled_scope(rig: Rig) -> None:
 async def test_closing_lets_the_memory_go(rig: Rig) -> None:
     """While a VM is open its memory cannot be unmapped; afterwards it can."""
     block = RamBlock.anonymous(0x1000)
-    rig.system.add_subregion(WINDOW, MemoryRegion.ram("block", 0x1000, block=block))
-    async with rig.open():
+    region = MemoryRegion.ram("block", 0x1000, block=block)
+    rig.system.add_subregion(WINDOW, region)
+    async with rig.open() as vm:
         with pytest.raises(RamInUseError):
             block.close()
+    async with rig.memory.transaction():
+        rig.system.del_subregion(region)
+    del region
+    gc.collect()  # the region has a hold of its own
     block.close()
+    assert vm is not None  # it was here all the time, without a hold on the memory
 
 
 async def test_reopened(rig: Rig) -> None:

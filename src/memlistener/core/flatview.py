@@ -166,6 +166,12 @@ class FlatView:
     def __hash__(self) -> int:
         return hash(tuple(self))
 
+    def __copy__(self) -> FlatView:
+        return self
+
+    def __deepcopy__(self, memo: object) -> FlatView:
+        return self
+
     def __repr__(self) -> str:
         return f"<FlatView of {self._length} ranges>"
 

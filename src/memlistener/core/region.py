@@ -30,6 +30,7 @@ from attrs import evolve
 from memlistener.core.change import TreeOwner, above_of, change, showing_itself
 from memlistener.core.children import Children
 from memlistener.core.dirty import DirtyClient
+from memlistener.core.identity import Identity
 from memlistener.core.ioeventfd import NOTHING, Attached, IoEventFd
 from memlistener.core.iommu import Iommu, Translate, Translates
 from memlistener.core.kinds import (
@@ -60,11 +61,14 @@ class Block(Protocol):
 
 
 # memlistener.ram puts its allocator here: core makes no host memory itself.
-_allocate: Callable[[str, int, bytes], Any] | None = None
+_allocate: Callable[[MemoryRegion], None] | None = None
 
 
-def set_allocator(allocate: Callable[[str, int, bytes], Any]) -> None:
-    """Say how a RAM region gets its memory when none was given to it."""
+def set_allocator(allocate: Callable[[MemoryRegion], None]) -> None:
+    """Say how a RAM region gets its memory when none was given to it.
+
+    Several threads may come with one region: it is to get one block.
+    """
     global _allocate
     _allocate = allocate
 
@@ -102,7 +106,7 @@ def _make_container(name: str, size: int) -> MemoryRegion:
     return MemoryRegion(RegionKind.CONTAINER, name, size)
 
 
-class MemoryRegion:
+class MemoryRegion(Identity):
     """A node of the memory tree (QEMU's ``MemoryRegion``).
 
     Make one with a class method: `container`, `ram`, `rom`, `rom_device`, `io`,
@@ -124,9 +128,11 @@ class MemoryRegion:
         "_container",
         "_data",
         "_enabled",
+        "_export",
         "_flags",
         "_iommu",
         "_kind",
+        "_largest",
         "_looped",
         "_may_overlap",
         "_name",
@@ -166,6 +172,8 @@ class MemoryRegion:
         self._ops: Any = None
         self._iommu: Iommu | None = None
         self._block: Any = None
+        self._export: memoryview | None = None  # keeps the block from being closed
+        self._largest = size  # that a rollback may bring back
         self._data = b""
 
     # ---- constructors -------------------------------------------------------
@@ -283,20 +291,33 @@ class MemoryRegion:
         return region
 
     def _adopt(self, block: Block | None, data: bytes = b"") -> None:
+        try:
+            data = memoryview(data).tobytes()
+        except TypeError as exc:
+            raise RegionTypeError(f"data of {self._name!r} is bytes, not {data!r}") from exc
         if len(data) > self._size:
             raise RegionError(
                 f"{self._name!r}: {len(data):#x} bytes of data do not fit its size {self._size:#x}"
             )
         if block is None:
-            self._data = bytes(data)
+            self._data = data
             return
+        self._take(block, data)
+
+    def _take(self, block: Block, data: bytes) -> None:
+        """Have ``block`` from now on, beginning with ``data``."""
+        if not (isinstance(getattr(block, "view", None), memoryview) and hasattr(block, "size")):
+            raise RegionTypeError(f"block of {self._name!r} is a RamBlock, not {block!r}")
         if block.size < self._size:
             raise RegionError(
                 f"{self._name!r}: its size {self._size:#x} is more than its block has, "
                 f"{block.size:#x}: make the region smaller or the block larger"
             )
-        block.view[: len(data)] = data
-        self._block = block
+        export = block.view
+        export[: len(data)] = data
+        self._export = export
+        self._data = b""
+        self._block = block  # last: other threads look here
 
     # ---- attributes ---------------------------------------------------------
 
@@ -400,8 +421,7 @@ class MemoryRegion:
         if self._block is None and self._kind in BACKED:
             if _allocate is None:  # pragma: no cover - memlistener.ram always sets it
                 raise RegionError(f"{self._name!r} has no block: import memlistener.ram")
-            self._block = _allocate(self._name, self._size, self._data[: self._size])
-            self._data = b""
+            _allocate(self)
         return self._block
 
     def __repr__(self) -> str:
@@ -529,9 +549,8 @@ class MemoryRegion:
         """
         _check_region(region, "del")
         if region._container is not self:
-            raise RegionError(
-                f"{region!r} is not a subregion of {self!r}: it is in {region._container!r}"
-            )
+            where = "no container" if region._container is None else repr(region._container)
+            raise RegionError(f"{region!r} is not a subregion of {self!r}: it is in {where}")
         rank = region._rank
 
         def undo() -> None:
@@ -594,7 +613,9 @@ class MemoryRegion:
                 siblings.file(self)
 
         old = self._size
-        change(self, "set_size", lambda: resize(size), lambda: resize(old))
+        owners = change(self, "set_size", lambda: resize(size), lambda: resize(old))
+        # Memory that is mapped from now on is enough for what a rollback brings back.
+        self._largest = max(self._largest, size) if owners else size
 
     def set_alias_offset(self, offset: int) -> None:
         """Move an alias's window over its target (``memory_region_set_alias_offset``).

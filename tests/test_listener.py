@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import trio.testing
@@ -624,3 +625,32 @@ def test_hooks_of_the_base_class_are_all_dispatched() -> None:
     """T3: every public method of MemoryListener is a hook, and does nothing by itself."""
     public = {name for name in vars(MemoryListener) if not name.startswith("_")}
     assert public - {"priority"} == set(HOOKS)
+
+
+async def test_equal_listeners_are_two(machine: Machine) -> None:
+    """T8: a listener is itself, whatever it says it equals."""
+
+    @attrs.define
+    class Equal(MemoryListener):
+        number: int = 0
+
+    one, two = Equal(), Equal()
+    assert one == two
+    await machine.memory.register(one, machine.space)
+    await machine.memory.register(two, machine.space)
+    with pytest.raises(ListenerError, match=r"registered for .* already"):
+        await machine.memory.register(two, machine.space)
+    assert len(machine.space.listeners) == 2
+    await machine.memory.unregister(two)
+    (left,) = machine.space.listeners
+    assert left is one
+
+
+@pytest.mark.parametrize("priority", ["7", None, 1.5, True])
+async def test_priorities_are_ints(machine: Machine, priority: Any) -> None:
+    """T4: what cannot be ordered is refused, before the listener hears of anything."""
+    listener = RecordingListener(priority=priority)
+    with pytest.raises(ListenerError, match=r"priority of .* is an int, not"):
+        await machine.memory.register(listener, machine.space)
+    assert listener.heard == []
+    assert machine.space.listeners == ()

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from memlistener.address_space import AddressSpace
+from memlistener.core.change import reach
 from memlistener.core.dirty import DirtyClient
-from memlistener.core.kinds import LIMIT, LOG_SHIFT
+from memlistener.core.kinds import BACKED, LIMIT, LOG_SHIFT
 from memlistener.core.region import MemoryRegion
-from memlistener.errors import TransactionError
+from memlistener.errors import RegionError, RegionTypeError, TransactionError
 from memlistener.listener import MemoryRegionSection, Registration
 
 if TYPE_CHECKING:
@@ -34,9 +36,16 @@ class DirtyLog:
         self.mask = 0  # for FlatView.render: what every range of memory logs
 
     def _registrations(self) -> list[Registration]:
-        """All of them, in ascending priority; of equals the earlier space's first."""
+        """All of them, in ascending priority; of equals the earlier-registered first."""
         every = [each for space in self._memory._spaces for each in space._registrations]
-        return sorted(every, key=lambda each: each.priority)
+        return sorted(every, key=lambda each: (each.priority, each.number))
+
+    def _listeners(self) -> list[Registration]:
+        """As `_registrations`, but of a listener of several spaces only the first."""
+        found: dict[int, Registration] = {}
+        for each in self._registrations():
+            found.setdefault(id(each.listener), each)
+        return list(found.values())
 
     async def start(self) -> None:
         """See `MemorySystem.dirty_log_start`."""
@@ -50,7 +59,7 @@ class DirtyLog:
             with trio.CancelScope(shield=True):
                 try:
                     with self._telling():
-                        for each in self._registrations():
+                        for each in self._listeners():
                             await each.tell("log_global_start")
                             told.append(each)
                     memory._pending.journal.append(self._off)
@@ -77,7 +86,7 @@ class DirtyLog:
                 memory._pending.forget()
                 told: list[Registration] = []
                 try:
-                    await self._stop(self._registrations(), told)
+                    await self._stop(self._listeners(), told)
                 except BaseException as error:
                     await memory._recover(error, _nothing, lambda: self._resume(told))
                     raise
@@ -120,10 +129,13 @@ class DirtyLog:
 
     async def sync(self, region: MemoryRegion | None) -> None:
         """See `MemorySystem.dirty_log_sync`."""
+        if region is not None:
+            _check_memory(region)
         await self._memory._acquire("dirty_log_sync")
         try:
             with trio.CancelScope(shield=True), self._telling():
                 registrations = self._registrations()
+                shown = None if region is None else _showing(region)
                 synced: set[int] = set()  # a listener of several spaces is one
                 for each in registrations:
                     if "log_sync_global" in each.hooks:
@@ -131,39 +143,59 @@ class DirtyLog:
                             synced.add(id(each.listener))
                             await each.tell("log_sync_global")
                     elif "log_sync" in each.hooks:
-                        for logged in _logged(each, region):
-                            section = MemoryRegionSection.of(each.space, logged)
-                            await each.tell("log_sync", section)
+                        ranges = each.space._view if shown is None else shown.get(each.space, ())
+                        for logged in ranges:
+                            if logged.dirty_log_mask:
+                                section = MemoryRegionSection.of(each.space, logged)
+                                await each.tell("log_sync", section)
                 if region is None:
-                    for each in registrations:
+                    for each in self._listeners():
                         await each.tell("log_global_after_sync")
         finally:
             self._memory._release()
 
     async def clear(self, region: MemoryRegion, offset: int, size: int) -> None:
         """See `MemorySystem.dirty_log_clear`."""
+        _check_memory(region)
+        for what, value in (("offset", offset), ("size", size)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise RegionTypeError(f"{what} in {region!r} is an int, not {value!r}")
+        if offset < 0 or size < 0:
+            raise RegionError(f"[{offset:#x}, {offset + size:#x}) is no range of {region!r}")
         await self._memory._acquire("dirty_log_clear")
         try:
             with trio.CancelScope(shield=True), self._telling():
+                showing = _showing(region)
                 for each in self._registrations():
                     if "log_clear" not in each.hooks:
                         continue
-                    for shown in each.space._view:
+                    for shown in showing.get(each.space, ()):
                         low = max(offset, shown.offset)
                         high = min(offset + size, shown.offset + shown.size)
-                        if shown.region is region and low < high:
+                        if low < high:
                             section = MemoryRegionSection.of(each.space, shown)
                             await each.tell("log_clear", section.clipped(low, high))
         finally:
             self._memory._release()
 
 
-def _logged(registration: Registration, region: MemoryRegion | None) -> Iterator[FlatRange]:
-    return (
-        each
-        for each in registration.space._view
-        if each.dirty_log_mask and (region is None or each.region is region)
-    )
+def _showing(region: MemoryRegion) -> dict[AddressSpace, list[FlatRange]]:
+    """The ranges that show ``region``, ascending, by address space: nothing else is looked at."""
+    found: dict[AddressSpace, dict[int, FlatRange]] = {}
+    for space, low, high in reach(region):
+        if low < high and isinstance(space, AddressSpace):
+            ranges = found.setdefault(space, {})
+            for each in space.view.overlapping(max(low, 0), min(high, LIMIT)):
+                if each.region is region:
+                    ranges[each.start] = each
+    return {space: [ranges[start] for start in sorted(ranges)] for space, ranges in found.items()}
+
+
+def _check_memory(region: MemoryRegion) -> None:
+    if not isinstance(region, MemoryRegion):
+        raise RegionTypeError(f"what logs writes is a MemoryRegion, not {region!r}")
+    if region.kind not in BACKED:
+        raise RegionError(f"{region!r} has no memory whose writes could be logged")
 
 
 def _nothing() -> None:

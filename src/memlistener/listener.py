@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import itertools
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +218,7 @@ class Registration:
     listener: MemoryListener
     space: AddressSpace
     priority: int
+    number: int = attrs.field(factory=itertools.count().__next__)  # in the order of making
     hooks: dict[str, Hook] = attrs.field(factory=dict)
 
     @classmethod
@@ -224,9 +226,13 @@ class Registration:
         """Find out what ``listener`` overrides.
 
         Raises:
-            ListenerError: It overrides both log_sync and log_sync_global.
+            ListenerError: It overrides both log_sync and log_sync_global, or its
+                priority is no int.
         """
-        registration = cls(listener, space, int(listener.priority))
+        priority = listener.priority
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise ListenerError(f"priority of {listener!r} is an int, not {priority!r}")
+        registration = cls(listener, space, int(priority))
         for name in HOOKS:
             call = getattr(listener, name)
             if getattr(call, "__func__", call) is not getattr(MemoryListener, name):

@@ -393,7 +393,7 @@ class MemorySystem(Identity):
             with trio.CancelScope(shield=True):
                 try:
                     await delivery.plain(space, hooks, "begin")
-                    if starting and self._dirty_log.started:
+                    if starting and self._dirty_log.started and not self._has(registration):
                         await delivery.plain(space, hooks, "log_global_start")
                     await delivery.events(space, hooks, events)
                     await delivery.plain(space, hooks, "commit")
@@ -402,6 +402,14 @@ class MemorySystem(Identity):
                     raise
         finally:
             self._delivering = False
+
+    def _has(self, registration: Registration) -> bool:
+        """Whether its listener is registered already: then it knows that all memory is logged."""
+        return any(
+            each.listener is registration.listener
+            for space in self._spaces
+            for each in space._registrations
+        )
 
     # ---- dirty logging ------------------------------------------------------------
 
@@ -439,6 +447,7 @@ class MemorySystem(Identity):
                 with log_global_after_sync.
 
         Raises:
+            RegionError: The region has no memory.
             TransactionError: Inside a transaction of the same task.
         """
         await self._dirty_log.sync(region)
@@ -450,6 +459,7 @@ class MemorySystem(Identity):
         log_clear goes to every range that shows a part of it, clipped to it.
 
         Raises:
+            RegionError: The region has no memory, or the range is negative.
             TransactionError: Inside a transaction of the same task.
         """
         await self._dirty_log.clear(region, offset, size)

@@ -182,7 +182,6 @@ class TestReading:
             [half, rest],
             [rest, half],
             [whole._replace(size=0)],
-            [whole._replace(start=-1)],
             [whole._replace(start=TOP - 1)],
             [whole._replace(region=box)],
             [whole._replace(offset=-1)],

@@ -12,9 +12,11 @@ Rendering itself is in `memlistener.core.render`.
 
 from __future__ import annotations
 
+import gc
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from memlistener.core.diff import Event, diff
 from memlistener.core.kinds import (
@@ -31,6 +33,7 @@ from memlistener.core.render import Piece, render
 from memlistener.errors import RegionTypeError
 
 T = TypeVar("T")
+Starts: TypeAlias = "array[int]"
 
 # Ranges in a full chunk. Replacing a range copies one chunk of this size and a
 # list of len(view) / this: at 256 both stay small up to a million ranges.
@@ -126,7 +129,7 @@ class FlatView:
 
     def _set(self, chunks: list[tuple[FlatRange, ...]], length: int) -> None:
         self._chunks = chunks
-        self._starts = [tuple([each[0] for each in chunk]) for chunk in chunks]
+        self._starts = [_addresses(chunk) for chunk in chunks]
         self._firsts = [starts[0] for starts in self._starts]
         self._length = length
 
@@ -143,7 +146,15 @@ class FlatView:
         """
         if not isinstance(root, MemoryRegion):
             raise RegionTypeError(f"what is rendered is a MemoryRegion, not {root!r}")
-        return cls(_joined(render(root, 0, LIMIT), log_mask))
+        # A million tuples that all stay: the cyclic collector would look through
+        # them again and again, and triples the time from 100,000 ranges on.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return cls(_joined(render(root, 0, LIMIT), log_mask))
+        finally:
+            if collecting:
+                gc.enable()
 
     # ---- reading --------------------------------------------------------------
 
@@ -187,9 +198,10 @@ class FlatView:
         chunk = bisect_right(self._firsts, addr) - 1
         if chunk < 0:
             return None
-        index = bisect_right(self._starts[chunk], addr) - 1
+        starts = self._starts[chunk]
+        index = bisect_right(starts, addr) - 1
         found = self._chunks[chunk][index]
-        return found if addr < found[0] + found[1] else None
+        return found if addr - starts[index] < found[1] else None
 
     def overlapping(self, low: int, high: int) -> Iterator[FlatRange]:
         """The ranges that reach into [low, high), ascending. O(log n + found)."""
@@ -331,20 +343,22 @@ class FlatView:
         tail = chunks[last_chunk][last:] if last else ()
         stop = last_chunk + 1 if last else last_chunk
         middle = (*head, *new, *tail)
-        starts = (
-            *(self._starts[first_chunk][:first] if first else ()),
-            *[each[0] for each in new],
-            *(self._starts[last_chunk][last:] if last else ()),
-        )
+        starts = _addresses(new)
+        if first:
+            starts = self._starts[first_chunk][:first] + starts
+        if last:
+            starts += self._starts[last_chunk][last:]
         # A chunk that became small takes its neighbour in, so that a view which
         # shrinks does not end as many chunks of a range or two.
         if len(middle) < _CHUNK // 4 and stop < len(chunks):
             middle = (*middle, *chunks[stop])
-            starts = (*starts, *self._starts[stop])
+            starts = starts + self._starts[stop]
             stop += 1
         view = FlatView.__new__(FlatView)
         view._chunks = _replaced(chunks, first_chunk, stop, _chunked(middle))
-        all_starts = _chunked(starts)
+        all_starts = [starts] if len(starts) <= 2 * _CHUNK else _cut_up(starts)
+        if not starts:
+            all_starts = []
         view._starts = _replaced(self._starts, first_chunk, stop, all_starts)
         view._firsts = _replaced(self._firsts, first_chunk, stop, [each[0] for each in all_starts])
         view._length = self._length - sum(map(len, chunks[first_chunk:stop])) + len(middle)
@@ -358,7 +372,7 @@ class FlatView:
         assert len(self._chunks) == len(self._starts) == len(self._firsts)
         for chunk, starts, first in zip(self._chunks, self._starts, self._firsts, strict=True):
             assert 0 < len(chunk) <= 2 * _CHUNK
-            assert starts == tuple(each.start for each in chunk)
+            assert list(starts) == [each.start for each in chunk]
             assert first == starts[0]
         previous: FlatRange | None = None
         for each in self:
@@ -431,6 +445,16 @@ def _chunked(items: tuple[T, ...]) -> list[tuple[T, ...]]:
     if len(items) <= 2 * _CHUNK:
         return [items]
     return [items[at : at + _CHUNK] for at in range(0, len(items), _CHUNK)]
+
+
+def _cut_up(starts: Starts) -> list[Starts]:
+    """As `_chunked`, for as many starts as ranges."""
+    return [starts[at : at + _CHUNK] for at in range(0, len(starts), _CHUNK)]
+
+
+def _addresses(ranges: Iterable[FlatRange]) -> Starts:
+    """The first addresses: unboxed, since bisection touches those of a large view only once."""
+    return array("Q", [each[0] for each in ranges])
 
 
 def _replaced(items: list[T], first: int, stop: int, new: list[T]) -> list[T]:

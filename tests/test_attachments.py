@@ -31,7 +31,7 @@ class Machine:
         self.device = MemoryRegion.io("device", 0x1000, None)
         self.ram = MemoryRegion.ram("ram", 0x1000)
         self.rom = MemoryRegion.rom("rom", 0x1000)
-        self.device.add_eventfd(0x10, 4, "fd")
+        self.device.add_eventfd(0x10, 4, 7)
         self.device.add_coalescing(0x40, 8)
         self.ram.set_log(True, DirtyClient.VGA)
         self.root.add_subregion(0, self.device)
@@ -78,7 +78,7 @@ async def test_registering_replays_all_of_it(machine: Machine) -> None:
         region_add [0x4000, 0x5000) ram+0x0
         log_start [0x4000, 0x5000) ram+0x0 0x0 -> 0x1
         region_add [0xf000, 0x10000) rom+0x0
-        eventfd_add [0x10, 0x14) device+0x10 -> fd
+        eventfd_add [0x10, 0x14) device+0x10 -> 7
         commit
         """,
     )
@@ -97,7 +97,7 @@ async def test_unregistering_replays_it_away(machine: Machine) -> None:
         log_stop [0x4000, 0x5000) ram+0x0 0x1 -> 0x0
         region_del [0x4000, 0x5000) ram+0x0
         region_del [0xf000, 0x10000) rom+0x0
-        eventfd_del [0x10, 0x14) device+0x10 -> fd
+        eventfd_del [0x10, 0x14) device+0x10 -> 7
         commit
         """,
     )
@@ -125,13 +125,13 @@ async def test_only_eventfds(machine: Machine) -> None:
     await machine.listen(nops=True)
     async with machine.memory.transaction():
         machine.device.add_eventfd(0x20, 0, 7, data=0x1F)
-        machine.device.del_eventfd(0x10, 4, "fd")
+        machine.device.del_eventfd(0x10, 4, 7)
         machine.device.add_eventfd(0, 2, 8)
     assert_trace(
         machine.log,
         """
         eventfd_add [0x0, 0x2) device+0x0 -> 8
-        eventfd_del [0x10, 0x14) device+0x10 -> fd
+        eventfd_del [0x10, 0x14) device+0x10 -> 7
         eventfd_add [0x20, 0x20) device+0x20 data 0x1f -> 7
         """,
     )
@@ -142,8 +142,8 @@ async def test_there_and_back(machine: Machine) -> None:
     """T9, T10: what is deleted and added again is nothing."""
     await machine.listen()
     async with machine.memory.transaction():
-        machine.device.del_eventfd(0x10, 4, "fd")
-        machine.device.add_eventfd(0x10, 4, "fd")
+        machine.device.del_eventfd(0x10, 4, 7)
+        machine.device.add_eventfd(0x10, 4, 7)
         machine.device.clear_coalescing()
         machine.device.add_coalescing(0x40, 8)
     async with machine.memory.transaction():
@@ -157,7 +157,7 @@ async def test_there_and_back(machine: Machine) -> None:
 async def test_the_same_eventfd_on_another_region(machine: Machine) -> None:
     """T9: only address, size, match, data and eventfd count."""
     other = MemoryRegion.io("other", 0x1000, None)
-    other.add_eventfd(0x10, 4, "fd")
+    other.add_eventfd(0x10, 4, 7)
     await machine.listen()
     async with machine.memory.transaction():
         machine.root.del_subregion(machine.device)
@@ -178,8 +178,8 @@ async def test_a_region_that_moves(machine: Machine) -> None:
         region_del [0x0, 0x1000) device+0x0
         region_add [0x2000, 0x3000) device+0x0
         coalesced_io_add [0x2000, 0x3000) device+0x0 coalesced [0x2040, 0x2048)
-        eventfd_del [0x10, 0x14) device+0x10 -> fd
-        eventfd_add [0x2010, 0x2014) device+0x10 -> fd
+        eventfd_del [0x10, 0x14) device+0x10 -> 7
+        eventfd_add [0x2010, 0x2014) device+0x10 -> 7
         commit
         """,
     )
@@ -194,8 +194,8 @@ async def test_a_region_that_moves_and_changes(machine: Machine) -> None:
         async with machine.memory.transaction():
             if late:
                 machine.device.set_address(0x2000)
-            machine.device.del_eventfd(0x10, 4, "fd")
-            machine.device.add_eventfd(0x20, 4, "fd")
+            machine.device.del_eventfd(0x10, 4, 7)
+            machine.device.add_eventfd(0x20, 4, 7)
             machine.device.clear_coalescing()
             machine.device.add_coalescing(0x80, 8)
             machine.device.set_address(0x2000)
@@ -210,7 +210,7 @@ async def test_a_region_that_changes_while_it_is_out(machine: Machine) -> None:
         listener = await machine.listen()
         async with machine.memory.transaction():
             machine.root.del_subregion(machine.device)
-            machine.device.del_eventfd(0x10, 4, "fd")
+            machine.device.del_eventfd(0x10, 4, 7)
             machine.device.add_coalescing(0x80, 8)
             if back:
                 machine.root.add_subregion(0, machine.device)
@@ -225,7 +225,7 @@ async def test_a_region_that_changes_while_it_is_disabled(machine: Machine, back
     listener = await machine.listen()
     async with machine.memory.transaction():
         machine.device.set_enabled(False)
-        machine.device.del_eventfd(0x10, 4, "fd")
+        machine.device.del_eventfd(0x10, 4, 7)
         machine.device.set_enabled(back)
     assert listener.eventfds == {}
 
@@ -455,7 +455,7 @@ async def attach_only(machine: Machine) -> None:
     """A transaction without begin and commit."""
     async with machine.memory.transaction():
         machine.device.add_eventfd(0, 1, 7)
-        machine.device.del_eventfd(0x10, 4, "fd")
+        machine.device.del_eventfd(0x10, 4, 7)
         machine.device.add_coalescing(0x80, 8)
 
 

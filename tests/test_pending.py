@@ -40,7 +40,7 @@ def test_damage_that_shows_nothing_new() -> None:
 def test_the_first_before_counts() -> None:
     """T9: of several changes in one transaction, what was there before the first."""
     memory, _, device, space = machine()
-    device_fd = IoEventFd(0x10, 4, None, "fd")
+    device_fd = IoEventFd(0x10, 4, None, 7)
     pending = Pending(memory)
     pending.reattached(space, device, NOTHING, 0, 0x1000)
     pending.reattached(space, device, Attached((device_fd,)), 0, 0x1000)
@@ -59,7 +59,7 @@ def test_reattached_where_it_does_not_show() -> None:
     """T9: nobody hears of it, but it is remembered for where it did show."""
     memory, _, device, space = machine()
     pending = Pending(memory)
-    fd = IoEventFd(0x10, 4, None, "fd")
+    fd = IoEventFd(0x10, 4, None, 7)
     pending.reattached(space, device, Attached((fd,)), 0, 0)
     assert not pending.damaged
     pending.damage(space, 0, 0x1000)
@@ -87,7 +87,7 @@ async def test_limbo_ends_with_the_transaction() -> None:
     async with memory.transaction():
         root.del_subregion(device)
         owners = len(device._owners)
-        device.add_eventfd(0, 4, "fd")
+        device.add_eventfd(0, 4, 7)
     assert (owners, len(device._owners)) == (1, 0)
     device.set_size(0x800)
     assert device.size == 0x800

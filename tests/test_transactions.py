@@ -42,7 +42,7 @@ class Machine:
         self.ram = MemoryRegion.ram("ram", 0x2000)
         self.flash = MemoryRegion.rom_device("flash", 0x1000, None)
         self.window = MemoryRegion.alias("window", self.ram, offset=0x1000, size=0x1000)
-        self.eventfd = object()
+        self.eventfd = 7
         self.device = io("device")
         self.device.add_eventfd(0x10, 4, self.eventfd)
         self.device.add_coalescing(0x40, 0x10)
@@ -119,7 +119,7 @@ MUTATORS: dict[str, Callable[[Machine], None]] = {
 # Those that change what hangs on a region, and not what shows.
 ATTACHMENTS: dict[str, Callable[[Machine], None]] = {
     "set_log": lambda m: m.ram.set_log(True, DirtyClient.VGA),
-    "add_eventfd": lambda m: m.device.add_eventfd(0, 4, object()),
+    "add_eventfd": lambda m: m.device.add_eventfd(0, 4, 8),
     "del_eventfd": lambda m: m.device.del_eventfd(0x10, 4, m.eventfd),
     "add_coalescing": lambda m: m.device.add_coalescing(0x20, 0x10),
     "clear_coalescing": lambda m: m.device.clear_coalescing(),

@@ -87,6 +87,20 @@ def test_reach_of_what_is_hidden() -> None:
     assert ram.readonly is False
 
 
+def test_reach_where_ways_meet_again() -> None:
+    """Two aliases of a region in one container, 40 times over: 40 steps, not 2**40."""
+    ram = MemoryRegion.ram("ram", 0x1000)
+    top = ram
+    for _ in range(40):
+        holder = MemoryRegion.container("holder", 0x1000)
+        for priority in range(2):
+            alias = MemoryRegion.alias("alias", top, offset=0, size=0x1000)
+            holder.add_subregion_overlap(0, alias, priority)
+        top = holder
+    owner = Owner(top)
+    assert reach(ram) == [(owner, 0, 0x1000)]
+
+
 def test_what_hangs_on_a_hidden_region() -> None:
     """T9: its owner hears of it, since it may show again before anybody is told."""
     system = MemoryRegion.container("system", 0x1000)

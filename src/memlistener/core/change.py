@@ -108,6 +108,9 @@ def reach(region: MemoryRegion) -> list[tuple[TreeOwner, int, int]]:
     """
     found: list[tuple[TreeOwner, int, int]] = []
     unseen: set[MemoryRegion] = set()  # walked already with an empty window
+    # And with one that is not: ways that part and meet again double at each
+    # meeting. Where an alias may lead back, the ways above depend on the chain.
+    seen: set[tuple[MemoryRegion, int, int]] = set()
     # (region, low, high, the aliases passed on the way)
     todo: list[tuple[MemoryRegion, int, int, Chain]] = [(region, 0, region._size, None)]
     while todo:
@@ -121,6 +124,10 @@ def reach(region: MemoryRegion) -> list[tuple[TreeOwner, int, int]]:
                 continue
             unseen.add(each)
             low = high = 0
+        elif chain is not None and not each._looped:
+            if (each, low, high) in seen:
+                continue
+            seen.add((each, low, high))
         if each._aliases:
             for alias in each._aliases:
                 # Through an alias a second time: it would show itself, which

@@ -96,7 +96,7 @@ class LogStop:
         return LogStart(self.range, self.new, self.old)
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class CoalescedAdd:
     """Writes to [addr, addr + size), absolute, may be delivered late and together."""
 
@@ -111,8 +111,11 @@ class CoalescedAdd:
         """They may not after all."""
         return CoalescedDel(self.range, self.addr, self.size)
 
+    def __repr__(self) -> str:
+        return f"<CoalescedAdd [{self.addr:#x}, {self.addr + self.size:#x}) of {self.range}>"
 
-@attrs.frozen
+
+@attrs.frozen(repr=False)
 class CoalescedDel:
     """Writes to [addr, addr + size), absolute, are to be delivered at once again."""
 
@@ -126,6 +129,9 @@ class CoalescedDel:
     def inverse(self) -> Event:
         """They may still wait."""
         return CoalescedAdd(self.range, self.addr, self.size)
+
+    def __repr__(self) -> str:
+        return f"<CoalescedDel [{self.addr:#x}, {self.addr + self.size:#x}) of {self.range}>"
 
 
 @attrs.frozen

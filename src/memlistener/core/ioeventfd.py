@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from memlistener.core.region import MemoryRegion
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class IoEventFd:
     """A write that signals an eventfd instead of reaching the ops.
 
@@ -53,6 +53,10 @@ class IoEventFd:
     def order(self) -> tuple[int, int, bool, int]:
         """Rule T9: by address, size, match, data."""
         return self.addr, self.size, self.match_data, self.data or 0
+
+    def __repr__(self) -> str:
+        value = "" if self.data is None else f" data {self.data:#x}"
+        return f"<IoEventFd [{self.addr:#x}, {self.addr + self.size:#x}){value} -> {self.eventfd}>"
 
 
 # What a region carries: its ioeventfds and its coalesced (offset, size) pairs.

@@ -691,11 +691,13 @@ class MemoryRegion(Identity):
             data: The value that has to be written; None for any.
 
         Raises:
-            RegionError: It does not fit the region, or is there already.
+            RegionError: It does not fit the region, the same write signals
+                something already, or the region is a container or an alias.
         """
         fd = self._eventfd(offset, size, eventfd, data)
-        if fd in self._attached.eventfds:
-            raise RegionError(f"{self!r} has {fd} already")
+        for each in self._attached.eventfds:
+            if each.order() == fd.order():
+                raise RegionError(f"{self!r} has {each} already")
         self._attach("add_eventfd", eventfds=(*self._attached.eventfds, fd))
 
     def del_eventfd(self, offset: int, size: int, eventfd: Any, *, data: int | None = None) -> None:
@@ -711,6 +713,18 @@ class MemoryRegion(Identity):
         self._attach("del_eventfd", eventfds=left)
 
     def _eventfd(self, offset: int, size: int, eventfd: Any, data: int | None) -> IoEventFd:
+        if not self._terminates:
+            raise RegionError(f"{self!r} answers no accesses: an eventfd hangs on what it shows")
+        for what, value in (("offset", offset), ("size", size), ("data", data)):
+            if value is not None or what != "data":
+                _check_int(f"{what} of an eventfd of {self!r}", value)
+        if isinstance(eventfd, int) and not isinstance(eventfd, bool):
+            if eventfd < 0:
+                raise RegionError(f"eventfd {eventfd} of {self!r} is no open file")
+        elif not callable(getattr(eventfd, "fileno", None)):
+            raise RegionTypeError(
+                f"an eventfd of {self!r} is a file descriptor or has fileno(); {eventfd!r} does not"
+            )
         if size not in (0, 1, 2, 4, 8):
             raise RegionError(f"an eventfd's write is 0, 1, 2, 4 or 8 bytes wide, not {size!r}")
         self._check_inside("eventfd", offset, max(size, 1))
@@ -734,6 +748,8 @@ class MemoryRegion(Identity):
         self._attach("clear_coalescing", coalesced=())
 
     def _check_inside(self, what: str, offset: int, size: int) -> None:
+        _check_int(f"offset of a {what} of {self!r}", offset)
+        _check_int(f"size of a {what} of {self!r}", size)
         if offset < 0 or size <= 0 or offset + size > self._size:
             raise RegionError(f"{what} [{offset:#x}, {offset + size:#x}) is not inside {self!r}")
 
@@ -774,16 +790,19 @@ def _check_region(region: object, what: str) -> None:
         raise RegionTypeError(f"{what}: {region!r} is not a MemoryRegion")
 
 
-def _check_size(name: str, size: object) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise RegionTypeError(f"size of {name!r} is an int, not {size!r}")
+def _check_int(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RegionTypeError(f"{what} is an int, not {value!r}")
+
+
+def _check_size(name: str, size: int) -> None:
+    _check_int(f"size of {name!r}", size)
     if not 1 <= size <= LIMIT:
         raise RegionError(f"size of {name!r} is {size:#x}: it must be from 1 to 2**64 bytes")
 
 
-def _check_offset(name: str, what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RegionTypeError(f"{what} of {name!r} is an int, not {value!r}")
+def _check_offset(name: str, what: str, value: int) -> None:
+    _check_int(f"{what} of {name!r}", value)
     if not 0 <= value < LIMIT:
         raise RegionError(f"{what} of {name!r} is {value:#x}: it must be from 0 to 2**64 - 1")
 

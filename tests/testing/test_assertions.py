@@ -93,3 +93,18 @@ async def test_trace(root: MemoryRegion) -> None:
     assert_trace(heard, "\n".join(line for line in expected.splitlines() if "uart" not in line))
     with pytest.raises(AssertionError, match="the trace is not as expected"):
         assert_trace(listener, "begin\ncommit")
+
+
+@pytest.mark.parametrize("name", ["ram-010", "cpu#1", "a 0x10 b", "x+0x1", "10"])
+async def test_names_in_traces_are_names(name: str) -> None:
+    """A number in a name is no number, and a # no comment: what was got can be pasted."""
+    memory = MemorySystem()
+    space = memory.create_address_space("memory", MemoryRegion.ram(name, 0x1000))
+    listener = RecordingListener()
+    await memory.register(listener, space)
+    got = "\n".join(listener.trace)
+    assert_trace(listener, got)
+    assert_trace(listener, got.replace("[0x0, 0x1000)", "[0, 4096)") + "  # comment +0x5")
+    other = {"ram-010": "ram-10", "cpu#1": "cpu", "a 0x10 b": "a 16 b", "x+0x1": "x+1", "10": "0xa"}
+    with pytest.raises(AssertionError):
+        assert_trace(listener, got.replace(name, other[name]))

@@ -23,7 +23,11 @@ from memlistener.core.region import MemoryRegion
 from memlistener.testing.recording import RecordingListener
 
 _NUMBER = re.compile(r"\b(?:0x[0-9a-fA-F_]+|\d[\d_]*)\b")
-_NAME = re.compile(r"'[^']*'|\"[^\"]*\"")
+# A name: in quotes, as views print it, or between a range and an offset, as traces do.
+_NAME = re.compile(
+    r"'[^']*'|\"[^\"]*\""
+    r"|(?<=\) )[^\s'\"](?:[^'\"]*?[^\s'\"])??(?=\+(?:0x[0-9a-fA-F_]+|\d[\d_]*)(?:\s|$))"
+)
 
 
 def assert_flatview(view: FlatView | MemoryRegion, expected: str) -> None:

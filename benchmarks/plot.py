@@ -24,7 +24,7 @@ QEMU_LIMIT = 4_096  # sections, beyond which it aborts
 
 _SIZES = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 _OURS = "memlistener: what changed is rendered"
-_FULL = "the same engine, everything rendered"
+_FULL = "the same engine, everything rendered (view only, no transaction)"
 _QEMU = "QEMU 10.0 (published)"
 
 

@@ -7,11 +7,14 @@ errors                 every exception, and when you get which
 core                   pure and synchronous: regions, views, events, access rules
 ram                    RamBlock: host memory
 listener, dispatch     who hears of changes; an access -> a region's ops
-iommu                  who hears of an IOMMU's mappings
 bracket                the gate that holds vCPUs while memory changes
-memory, vcpu           transactions; a vCPU as a trio task and a thread of its own
+memory                 MemorySystem and transactions; its parts: address_space,
+                       pending (what a transaction gathered), delivery (telling
+                       listeners, and taking it back), dirty_log
+iommu                  notifiers of IOMMU regions
+vcpu                   a vCPU as a trio task and a thread of its own
 kvm, testing           KVM under it all; FakeKvm and helpers for your own tests
-cli                    the ``memlistener`` command
+cli                    the ``memlistener`` command: demo, mtree
 =====================  =========================================================
 
 Importing this package loads neither cffi nor the KVM extension; ``from

@@ -160,6 +160,7 @@ async def test_no_thread_for_a_vcpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await vcpu.run() == Hlt()
         await vcpu.aclose()
         assert vm.vcpus == ()
+        assert [each.exits for each in vm.statistics().vcpus] == [{"Hlt": 1}]
 
 
 def _no_thread(self: threading.Thread) -> None:
@@ -257,20 +258,26 @@ async def test_what_kvm_is_not_asked_yet_is_refused(what: str) -> None:
     async with open_vm(space, backend=FakeKvm()) as vm:
         before = vm.memslots
         with pytest.raises(KvmError, match="not supported on KVM yet") as caught:
-            if what == "dirty_log_start":
-                await memory.dirty_log_start()
-            async with memory.transaction():
-                if what == "set_log":
-                    ram.set_log(True, DirtyClient.VGA)
-                elif what == "add_logged":
-                    other = MemoryRegion.ram("other", 0x1000)
-                    other.set_log(True, DirtyClient.VGA)
-                    space.root.add_subregion(0x100000, other)
-                elif what == "add_eventfd":
-                    device.add_eventfd(0, 4, 7)
+            await _ask(memory, space.root, ram, device, what)
         assert caught.value.errno == errno.ENOTSUP
         assert vm.memslots == before
         assert memory.broken is None
         async with memory.transaction():
             ram.set_enabled(False)
         assert vm.memslots == ()
+
+
+async def _ask(
+    memory: MemorySystem, root: MemoryRegion, ram: MemoryRegion, device: MemoryRegion, what: str
+) -> None:
+    if what == "dirty_log_start":
+        await memory.dirty_log_start()
+    async with memory.transaction():
+        if what == "set_log":
+            ram.set_log(True, DirtyClient.VGA)
+        elif what == "add_logged":
+            other = MemoryRegion.ram("other", 0x1000)
+            other.set_log(True, DirtyClient.VGA)
+            root.add_subregion(0x100000, other)
+        elif what == "add_eventfd":
+            device.add_eventfd(0, 4, 7)

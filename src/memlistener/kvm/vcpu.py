@@ -42,6 +42,26 @@ class Exits:
         self.holes = 0
 
 
+@attrs.frozen
+class VcpuStatistics:
+    """What a vCPU's exits were.
+
+    Attributes:
+        id: Its number.
+        exits: How many by reason: ``Mmio``, ``Io``, ``Hlt``, ...
+        served_on_thread: Accesses that needed no other thread.
+        kicked: How often KVM_RUN returned only because of a kick.
+        holes: MMIO exits on memory that the view had and no slot covered. 0
+            under a bracket.
+    """
+
+    id: int
+    exits: dict[str, int]
+    served_on_thread: int
+    kicked: int
+    holes: int
+
+
 class KvmRun:
     """What a `VcpuRunner` runs: KVM_RUN, and the dispatch of its exits.
 
@@ -299,10 +319,12 @@ class Vcpu:
         """Whether a task is in `run`."""
         return self._runner.running
 
-    @property
-    def exits(self) -> Exits:
-        """What its exits were so far."""
-        return self._kvm_run.exits
+    def statistics(self) -> VcpuStatistics:
+        """What its exits were so far, as a frozen value."""
+        exits = self._kvm_run.exits
+        return VcpuStatistics(
+            self._id, dict(exits.by_reason), exits.on_thread, exits.kicked, exits.holes
+        )
 
     async def run(self) -> VcpuExit:
         """Run the guest until it halts, shuts down or fails; says why it stopped.
@@ -379,23 +401,3 @@ class Vcpu:
 
     def __repr__(self) -> str:
         return f"<Vcpu {self._id}{' running' if self.running else ''}>"
-
-
-@attrs.frozen
-class VcpuStatistics:
-    """What a vCPU's exits were.
-
-    Attributes:
-        id: Its number.
-        exits: How many by reason: ``Mmio``, ``Io``, ``Hlt``, ...
-        served_on_thread: Accesses that needed no other thread.
-        kicked: How often KVM_RUN returned only because of a kick.
-        holes: MMIO exits on memory that the view had and no slot covered. 0
-            under a bracket.
-    """
-
-    id: int
-    exits: dict[str, int]
-    served_on_thread: int
-    kicked: int
-    holes: int

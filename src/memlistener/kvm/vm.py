@@ -31,7 +31,7 @@ class VmStatistics:
         stopped_max: The longest.
         holes: Accesses to memory that no slot covered, over all vCPUs.
         unassigned: Accesses of anybody that met nothing (rule K5).
-        vcpus: Each vCPU that there is, by number.
+        vcpus: Each vCPU that there is or was, by number.
     """
 
     brackets: int
@@ -63,6 +63,7 @@ class Vm:
         self._gate = gate
         self._listener = listener
         self._vcpus: list[Vcpu] = []
+        self._closed_vcpus: list[VcpuStatistics] = []
         self._next_id = 0
         self._closed = False
 
@@ -78,7 +79,7 @@ class Vm:
 
     @property
     def vcpus(self) -> tuple[Vcpu, ...]:
-        """The vCPUs in the order they were created."""
+        """The vCPUs that are not closed, in the order they were created."""
         return tuple(self._vcpus)
 
     @property
@@ -114,7 +115,7 @@ class Vm:
                 self._space,
                 self._io,
                 readonly_memory=self._listener.readonly_memory,
-                closed=self._vcpus.remove,
+                closed=self._forget,
             )
         except BaseException:
             handle.close()
@@ -131,16 +132,7 @@ class Vm:
 
     def statistics(self) -> VmStatistics:
         """What the VM has done so far."""
-        vcpus = tuple(
-            VcpuStatistics(
-                each.id,
-                dict(each.exits.by_reason),
-                each.exits.on_thread,
-                each.exits.kicked,
-                each.exits.holes,
-            )
-            for each in self._vcpus
-        )
+        vcpus = (*self._closed_vcpus, *(each.statistics() for each in self._vcpus))
         listener = self._listener
         return VmStatistics(
             brackets=listener.brackets,
@@ -152,8 +144,13 @@ class Vm:
             holes=sum(each.holes for each in vcpus),
             unassigned=self._space.unassigned_accesses
             + (self._io.unassigned_accesses if self._io is not None else 0),
-            vcpus=vcpus,
+            vcpus=tuple(sorted(vcpus, key=lambda each: each.id)),
         )
+
+    def _forget(self, vcpu: Vcpu) -> None:
+        """A vCPU was closed; what it did still counts."""
+        self._vcpus.remove(vcpu)
+        self._closed_vcpus.append(vcpu.statistics())
 
     async def _close(self) -> None:
         self._closed = True

@@ -98,6 +98,7 @@ class Step:
         toggles_log: It is the latter.
         attaching: Changes of what hangs on regions.
         changes: Changes of the tree.
+        late: More of what hangs on regions, which may be hidden by now.
         nested: More of those, in a nested transaction that is taken back.
         fatal: Which call of a hook raises, if any.
     """
@@ -105,6 +106,7 @@ class Step:
     toggles_log: bool
     attaching: tuple[Attaching, ...]
     changes: tuple[Mutation, ...]
+    late: tuple[Attaching, ...]
     nested: tuple[Mutation, ...]
     fatal: int | None
 
@@ -137,18 +139,27 @@ def _furnished(tree: TreePlan) -> TreePlan:
     """The tree, leaves in its root that can be seen, and roots that share it."""
     plans = list(tree.regions)
 
-    def put(kind: RegionKind, size: int, into: int | None, addr: int = 0, **rest: int) -> int:
-        plans.append(RegionPlan(kind, size, len(plans) if into is None else into, addr, 1, **rest))
+    def put(
+        kind: RegionKind,
+        size: int,
+        into: int | None,
+        addr: int = 0,
+        *,
+        enabled: bool = True,
+        offset: int = 0,
+    ) -> int:
+        holder = len(plans) if into is None else into  # its own number: nowhere
+        plans.append(RegionPlan(kind, size, holder, addr, 1, enabled, offset=offset))
         return len(plans) - 1
 
     for addr, kind in enumerate((RegionKind.IO, RegionKind.RAM, RegionKind.IO)):
         put(kind, 0x1000, 0, addr * 0x1000)
-    put(RegionKind.ALIAS, LIMIT, None, target=0)
+    put(RegionKind.ALIAS, LIMIT, None)
     for _ in range(2):
         holder = put(RegionKind.CONTAINER, LIMIT, None)
-        put(RegionKind.ALIAS, LIMIT, holder, target=0)
+        put(RegionKind.ALIAS, LIMIT, holder)
     put(RegionKind.ROM_DEVICE, 0x800, holder, 0x400, enabled=False)
-    put(RegionKind.ALIAS, 0x4000, None, target=0, offset=0x800)
+    put(RegionKind.ALIAS, 0x4000, None, offset=0x800)
     return TreePlan(tuple(plans))
 
 
@@ -165,8 +176,10 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     attachings = st.builds(
         Attaching,
         what=st.sampled_from(
-            ("add_eventfd", "add_eventfd", "del_eventfd", "add_coalescing", "clear_coalescing")
-            + ("set_log", "set_log")
+            [
+                *("add_eventfd", "add_eventfd", "del_eventfd"),
+                *("add_coalescing", "clear_coalescing", "set_log", "set_log"),
+            ]
         ),
         region=st.one_of(leaves, leaves, st.integers(0, count - 1)),
         offset=st.sampled_from((0, 0x10, 0x7FE, 0xFFE)),
@@ -180,6 +193,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         toggles_log=_rarely,
         attaching=st.lists(attachings, max_size=3).map(tuple),
         changes=st.lists(changes, max_size=3).map(tuple),
+        late=st.lists(attachings, max_size=1).map(tuple),
         nested=st.one_of(st.just(()), st.lists(changes, max_size=2).map(tuple)),
         fatal=st.one_of(st.none(), st.none(), st.integers(0, 30)),
     )
@@ -249,14 +263,24 @@ class Machine:
         plans = sorted(self.plan.listeners, key=lambda each: each.space % len(self.spaces))
         for number, plan in enumerate(plans):
             space = self.spaces[plan.space % len(self.spaces)]
-            options = {
-                "nops": plan.nops,
-                "eventfds": plan.eventfds,
-                "coalesced": plan.coalesced,
-                "logs": plan.logs,
-            }
-            who = naive.Who(f"listener{number}", plan.priority, number, **options)
-            listener = Listener(who.name, priority=who.priority, log=self.log, **options)
+            who = naive.Who(
+                f"listener{number}",
+                plan.priority,
+                number,
+                nops=plan.nops,
+                eventfds=plan.eventfds,
+                coalesced=plan.coalesced,
+                logs=plan.logs,
+            )
+            listener = Listener(
+                who.name,
+                priority=who.priority,
+                log=self.log,
+                nops=who.nops,
+                eventfds=who.eventfds,
+                coalesced=who.coalesced,
+                logs=who.logs,
+            )
             listener.fuse = self.fuse
             await self.memory.register(listener, space)
             self.listening[space].append((listener, who))
@@ -288,6 +312,7 @@ class Machine:
                 async with self.memory.transaction():
                     self.change(step.attaching)
                     self.change(step.changes)
+                    self.change(step.late)
                     await self.take_back(step.nested)
                     assert self.log == []
                     refused = not self.is_valid()

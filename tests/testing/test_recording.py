@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from memlistener import MemoryRegion, MemoryRegionSection, MemorySystem
+from memlistener import DirtyClient, MemoryRegion, MemoryRegionSection, MemorySystem
+from memlistener.core.ioeventfd import IoEventFd
+from memlistener.listener import HOOKS
 from memlistener.testing import RecordingListener
 from memlistener.testing.recording import Heard
 
@@ -88,3 +92,104 @@ async def test_it_insists_on_order() -> None:
     other = MemoryRegionSection(ram, space, 0, 0x1000, 0x800)
     with pytest.raises(AssertionError, match="is deleted"):
         listener.region_del(other)
+
+
+# ---- what is heard when asked for -------------------------------------------------------
+
+
+def attached() -> tuple[MemorySystem, MemoryRegion, MemoryRegion]:
+    memory, system, ram = small()
+    device = MemoryRegion.io("device", 0x1000, None)
+    device.add_eventfd(0x10, 4, 5, data=0xFF)
+    device.add_eventfd(0x20, 0, 6)
+    device.add_coalescing(0x40, 8)
+    device.add_coalescing(0x40, 8)
+    system.add_subregion(0x4000, device)
+    ram.set_log(True, DirtyClient.VGA)
+    return memory, system, ram
+
+
+async def test_defaults_hear_no_more() -> None:
+    """T7: what is not asked for is not overridden."""
+    memory, system, _ = attached()
+    space = memory.create_address_space("memory", system)
+    listener = RecordingListener()
+    await memory.register(listener, space)
+    assert {each.hook for each in listener.heard} == {"begin", "region_add", "commit"}
+    assert set(space._hooks) == {"begin", "region_add", "region_del", "commit"}
+
+
+@pytest.mark.parametrize("as_names", [False, True])
+async def test_all_of_it(as_names: bool) -> None:
+    """T8: by option or by name, as text, and what it comes to."""
+    memory, system, _ = attached()
+    space = memory.create_address_space("memory", system)
+    if as_names:
+        names = {"eventfd_add", "eventfd_del", "coalesced_io_add", "coalesced_io_del", "log_start"}
+        listener = RecordingListener(hooks=names | {"log_stop"})
+    else:
+        listener = RecordingListener(eventfds=True, coalesced=True, logs=True)
+    await memory.register(listener, space)
+    assert listener.trace == [
+        "begin",
+        "region_add [0x1000, 0x2000) ram+0x0",
+        "log_start [0x1000, 0x2000) ram+0x0 0x0 -> 0x1",
+        "region_add [0x4000, 0x5000) device+0x0",
+        "coalesced_io_add [0x4000, 0x5000) device+0x0 coalesced [0x4040, 0x4048)",
+        "coalesced_io_add [0x4000, 0x5000) device+0x0 coalesced [0x4040, 0x4048)",
+        "eventfd_add [0x4010, 0x4014) device+0x10 data 0xff -> 5",
+        "eventfd_add [0x4020, 0x4020) device+0x20 -> 6",
+        "commit",
+    ]
+    assert list(listener.eventfds) == [
+        IoEventFd(0x4010, 4, 0xFF, 5),
+        IoEventFd(0x4020, 0, None, 6),
+    ]
+    assert dict(listener.coalesced) == {(0x4040, 8): 2}
+    assert listener.logged == {0x1000: 1}
+    await memory.unregister(listener)
+    left = [listener.eventfds, listener.coalesced, listener.logged, listener.ranges]
+    assert not any(left)
+
+
+async def test_every_hook_can_be_asked_for() -> None:
+    """T3: by name; and a name that is none is refused."""
+    assert set(HOOKS) <= {name.removeprefix("_") for name in dir(RecordingListener)}
+    for hook in HOOKS:
+        memory, system, _ = small()
+        space = memory.create_address_space("memory", system)
+        await memory.register(RecordingListener(hooks={hook}), space)
+        assert hook in space._hooks
+    with pytest.raises(ValueError, match="region_mod"):
+        RecordingListener(hooks={"region_mod"})
+
+
+def test_it_insists_on_what_hangs_there() -> None:
+    """Adding twice, or taking what is not there, fails the test that hears it."""
+    memory, system, ram = small()
+    space = memory.create_address_space("memory", system)
+    section = MemoryRegionSection(ram, space, 0, 0x1000, 0x1000)
+    other = MemoryRegionSection(ram, space, 0, 0x3000, 0x1000)
+    listener = RecordingListener(eventfds=True, coalesced=True, logs=True)
+    listener.region_add(section)
+    listener.eventfd_add(section, False, 0, 5)
+    listener.eventfd_add(section, True, 0, 5)
+    wrong: tuple[tuple[Callable[[], object], str], ...] = (
+        (lambda: listener.eventfd_add(section, True, 0, 5), "added twice"),
+        (lambda: listener.eventfd_del(section, True, 1, 5), "was not there"),
+        (lambda: listener.coalesced_io_del(section, 0x1000, 8), "and was not"),
+        (lambda: listener.coalesced_io_add(section, 0xFFF, 8), "is not inside"),
+        (lambda: listener.coalesced_io_add(other, 0x3000, 8), "not in the map"),
+        (lambda: listener.log_start(other, 0, 1), "not in the map"),
+        (lambda: listener.log_start(section, 1, 1), "gained no client"),
+        (lambda: listener.log_stop(section, 1, 1), "lost no client"),
+        (lambda: listener.log_sync(section), "does not log"),
+        (lambda: listener.log_clear(other), "is not shown"),
+        (listener.log_global_stop, "was not on"),
+    )
+    for call, message in wrong:
+        with pytest.raises(AssertionError, match=message):
+            call()
+    listener.log_global_start()
+    with pytest.raises(AssertionError, match="starts twice"):
+        listener.log_global_start()

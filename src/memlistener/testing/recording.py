@@ -239,12 +239,20 @@ class RecordingListener(MemoryListener):
     def _log_sync(self, section: MemoryRegionSection) -> None:
         self._hear("log_sync", section)
         self._insist_on(section)
+        start = section.offset_within_address_space
+        assert start in self.logged, f"{section} does not log, and is synced"
 
     def _log_sync_global(self) -> None:
         self._hear("log_sync_global")
 
     def _log_clear(self, section: MemoryRegionSection) -> None:
         self._hear("log_clear", section)
+        start = section.offset_within_address_space
+        assert any(
+            each.region is section.region
+            and each.offset_within_address_space <= start < section.end <= each.end
+            for each in self.ranges.values()
+        ), f"{section} is cleared, and is not shown"
 
     def _log_global_start(self) -> None:
         self._hear("log_global_start")

@@ -128,7 +128,8 @@ class MemorySystem(Identity):
             if isinstance(owner, AddressSpace) and owner.memory is not self:
                 raise RegionError(
                     f"address space {name!r} of {root!r} would show what {owner!r} of another "
-                    f"memory system shows: they could not change it in one transaction"
+                    f"memory system shows: they could not change it in one transaction; "
+                    f"destroy_address_space() that one first"
                 )
         space = AddressSpace(
             self, name, root, number=next(self._created), unassigned_raises=unassigned_raises

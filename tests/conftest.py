@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
-hypothesis.settings.register_profile("ci", max_examples=1000, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", max_examples=300, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("MEMLISTENER_HYPOTHESIS", "dev"))
 
 

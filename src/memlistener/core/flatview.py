@@ -38,6 +38,8 @@ Starts: TypeAlias = "array[int]"
 # Ranges in a full chunk. Replacing a range copies one chunk of this size and a
 # list of len(view) / this: at 256 both stay small up to a million ranges.
 _CHUNK = 256
+# Windows with so few ranges between them are updated in one go.
+_CLOSE = 8
 
 
 class FlatRange(NamedTuple):
@@ -236,30 +238,34 @@ class FlatView:
         union = _union(windows)
         if len(union) == 1:  # as most are
             return self._updated(root, union, log_mask)
+        groups = self._groups(union)
+        if len(groups) == 1:
+            return self._updated(root, union, log_mask)
         view = self
         dels: list[Event] = []
         adds: list[Event] = []
-        for group in self._groups(union):
+        for group in groups:
             view, events = view._updated(root, group, log_mask)
             for event in events:
                 (dels if event.is_delete else adds).append(event)
         return view, dels + adds
 
-    def _groups(self, windows: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """The windows, those together that touch one and the same range."""
-        group: list[tuple[int, int]] = []
-        reach = 0
+    def _groups(self, windows: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """The windows, those together that touch one range, or lie close by each other.
+
+        The former must not be taken one by one; the latter are cheaper together:
+        a region that moves damages two windows, most often of one chunk.
+        """
+        groups: list[list[tuple[int, int]]] = []
+        after = (-1, 0)
         for low, high in windows:
-            near = list(self._between(*self._position(low), *self._position_after(high)))
-            if group and near and near[0][0] < reach:
-                group.append((low, high))
+            chunk, index = self._position(low)
+            if (chunk, index) < after or (chunk == after[0] and index - after[1] <= _CLOSE):
+                groups[-1].append((low, high))
             else:
-                if group:
-                    yield group
-                group = [(low, high)]
-            reach = max(high, near[-1][0] + near[-1][1]) if near else high
-        if group:
-            yield group
+                groups.append([(low, high)])
+            after = self._position_after(high)
+        return groups
 
     def _updated(
         self, root: MemoryRegion, windows: list[tuple[int, int]], log_mask: int
@@ -282,7 +288,9 @@ class FlatView:
             # the part before it.
             while left is not None and left[0] < low:
                 end = left[0] + left[1]
-                if max(at, left[0]) < min(low, end):
+                if at <= left[0] and end <= low:
+                    pieces.append(left)
+                elif max(at, left[0]) < min(low, end):
                     pieces.append(_cut(left, max(at, left[0]), min(low, end)))
                 if end > low:
                     break
@@ -292,7 +300,8 @@ class FlatView:
             while left is not None and left[0] + left[1] <= high:
                 left = next(kept, None)
         while left is not None:
-            pieces.append(_cut(left, max(at, left[0]), left[0] + left[1]))
+            whole = at <= left[0]
+            pieces.append(left if whole else _cut(left, at, left[0] + left[1]))
             left = next(kept, None)
         new = _merged(pieces)
         events = diff(old, new)

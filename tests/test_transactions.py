@@ -605,7 +605,7 @@ async def test_t12_a_child_task_of_a_hook(machine: Machine) -> None:
                 async with machine.memory.transaction():
                     pass
 
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         await machine.memory.register(Delegating(), machine.space)
         async with machine.memory.transaction():
             machine.window.set_enabled(False)
@@ -634,7 +634,7 @@ async def test_t12_a_child_task_of_who_commits(machine: Machine) -> None:
     await machine.memory.register(Slow(), machine.space)
     await machine.memory.register(Waking(), machine.space)
     delivering, order[:] = trio.Event(), []
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other, machine.memory)
             async with machine.memory.transaction():

@@ -14,7 +14,7 @@ from memlistener.bracket import Gate
 from memlistener.errors import VcpuBusyError
 from memlistener.vcpu import Serve, VcpuRunner
 
-LONG_ENOUGH = 10.0
+LONG_ENOUGH = 60.0
 
 SPIN = object()
 """A step that stays inside until kicked, and is then tried again."""

@@ -11,7 +11,7 @@ from typing import Self
 from memlistener.kvm.fds import Kvm
 
 RAM_SIZE = 0x10000
-LONG_ENOUGH = 10.0
+LONG_ENOUGH = 60.0
 
 
 class Machine:

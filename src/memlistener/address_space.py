@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from memlistener import dispatch
-from memlistener.core.flatview import FlatView
+from memlistener.core.flatview import FlatRange, FlatView
 from memlistener.core.identity import Identity
 from memlistener.core.ioeventfd import Attached
 from memlistener.core.ops import UNSPECIFIED, MemTxAttrs, MemTxResult
@@ -187,15 +187,15 @@ class AddressSpace(Identity):
     def load(self, addr: int, data: Buffer) -> None:
         """Put ``data`` into RAM or ROM, to set a machine up (``rom_add_blob``).
 
-        Plain, and not an access: read-only memory is written, devices are not
-        called, no dirty bit is set. May go over several regions.
+        Plain, and not an access: read-only memory is written, and devices are not
+        called. Pages are marked where writes are logged. May go over several regions.
 
         Raises:
             RegionError: Part of the range is not memory; nothing was written.
         """
         raw = memoryview(_buffer(data).tobytes())
         self._check_range(addr, len(raw))
-        parts: list[tuple[memoryview, memoryview]] = []
+        parts: list[tuple[FlatRange, int, memoryview]] = []
         at = addr
         while at < addr + len(raw):
             each = self._view.lookup(at)
@@ -207,10 +207,10 @@ class AddressSpace(Identity):
                 )
             offset = each.offset + at - each.start
             part = raw[at - addr : each.end - addr]
-            parts.append((each.region.block.view[offset : offset + len(part)], part))
+            parts.append((each, offset, part))
             at += len(part)
-        for memory, part in parts:
-            memory[:] = part
+        for each, offset, part in parts:
+            dispatch.write_memory(each, offset, part)
 
     def _count_unassigned(self, addr: int, size: int, what: str, count: int = 1) -> None:
         """An access met nothing: count it, or make it an error if so asked.

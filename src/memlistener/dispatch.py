@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from memlistener.core.flatview import FlatRange, FlatView
 from memlistener.core.iommu import IommuAccess, IommuTlbEntry
-from memlistener.core.kinds import READONLY, ROMD_MODE, RegionKind
+from memlistener.core.kinds import LOG_SHIFT, READONLY, ROMD_MODE, RegionKind
 from memlistener.core.ops import (
     UNSPECIFIED,
     MemTxAttrs,
@@ -210,7 +210,7 @@ async def write(
         offset = each.offset + at - each.start
         part = data[at - addr : at - addr + length]
         if writes_memory(each):
-            each.region.block.view[offset : offset + length] = part
+            write_memory(each, offset, part)
         elif each.region.kind is RegionKind.IOMMU and not each.flags & READONLY:
             how, missed = await _write_iommu(each.region, offset, part, attrs, depth)
             result |= how
@@ -220,6 +220,21 @@ async def write(
         else:
             result |= await _write_ops(each.region, offset, bytes(part), attrs)
     return result, unassigned
+
+
+def write_memory(each: FlatRange, offset: int, data: bytes | memoryview) -> None:
+    """Write the memory that a range shows, and mark its pages for those who log it.
+
+    Args:
+        each: The range.
+        offset: In its region.
+        data: What to write.
+    """
+    block = each.region.block
+    block.view[offset : offset + len(data)] = data
+    clients = each.flags >> LOG_SHIFT
+    if clients:
+        block.mark_dirty(offset, len(data), clients)
 
 
 def _parts(view: FlatView, addr: int, size: int) -> Iterator[tuple[int, int, FlatRange | None]]:

@@ -14,9 +14,19 @@ import mmap
 import os
 import threading
 import weakref
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from memlistener.core.dirty import (
+    ALL_CLIENTS,
+    DIRTY_PAGE_SIZE,
+    DirtyBitmap,
+    DirtyClient,
+    DirtyRanges,
+    runs,
+)
 from memlistener.core.identity import Identity
 from memlistener.core.region import MemoryRegion, set_allocator
 from memlistener.errors import RamInUseError, RegionError, RegionTypeError
@@ -38,7 +48,16 @@ class RamBlock(Identity):
     for as long as a view of it, a region with it or a memslot on it exists.
     """
 
-    __slots__ = ("__weakref__", "_fd", "_memory", "_name", "_size")
+    __slots__ = (
+        "__weakref__",
+        "_dirty",
+        "_dirty_lock",
+        "_fd",
+        "_memory",
+        "_name",
+        "_size",
+        "_when_taken",
+    )
 
     def __init__(self, name: str, memory: Any, size: int, fd: int | None = None) -> None:
         """Use the class methods instead."""
@@ -46,6 +65,10 @@ class RamBlock(Identity):
         self._memory = memory
         self._size = size
         self._fd = fd
+        # vCPU threads mark pages too, when a write of theirs is served in user space.
+        self._dirty_lock = threading.Lock()
+        self._dirty: dict[DirtyClient, DirtyBitmap] = {}  # made when a page is first marked
+        self._when_taken: list[Callable[[int, int], object]] = []
 
     @classmethod
     def anonymous(cls, size: int, *, name: str = "ram") -> RamBlock:
@@ -186,6 +209,137 @@ class RamBlock(Identity):
             raise RegionError(f"{self!r} has no file descriptor: make it with RamBlock.memfd")
         return self._fd
 
+    # ---- dirty pages --------------------------------------------------------------
+
+    def mark_dirty(self, offset: int, size: int, clients: int = ALL_CLIENTS) -> None:
+        """Say that [offset, offset + size) was written (``memory_region_set_dirty``).
+
+        Guests' writes and those of `AddressSpace.write` and `AddressSpace.load` are
+        known without: this is for whoever writes through a `view`. From any thread;
+        to be called after the write, so that who takes the page finds the data.
+
+        Args:
+            offset: Where the write began, in bytes.
+            size: How many bytes were written.
+            clients: Whose bits to set: a mask with bit ``1 << client`` for each
+                `DirtyClient`; all of them by default.
+
+        Raises:
+            RegionError: The range is not within the block.
+        """
+        first, end = self._pages(offset, size)
+        if first < end:
+            with self._dirty_lock:
+                for bitmap in self._bitmaps(clients):
+                    bitmap.mark(first, end)
+
+    def merge_dirty(
+        self, offset: int, bitmap: bytes | bytearray, clients: int = ALL_CLIENTS
+    ) -> None:
+        """Set the bits that a bitmap has set, as `mark_dirty` would one by one.
+
+        Args:
+            offset: Of the page that is its bit 0; a multiple of the page size.
+            bitmap: Bit ``n`` of it is bit ``n % 8`` of byte ``n // 8``. What lies
+                beyond the block is ignored.
+            clients: As for `mark_dirty`.
+
+        Raises:
+            RegionError: The offset is not that of a page of the block.
+        """
+        first, _ = self._pages(offset, 0)
+        if offset % DIRTY_PAGE_SIZE:
+            raise RegionError(f"a bitmap of {self!r} begins with a page, not at {offset:#x}")
+        with self._dirty_lock:
+            for each in self._bitmaps(clients):
+                each.merge(first, bitmap)
+
+    def take_dirty(
+        self, client: DirtyClient, offset: int = 0, size: int | None = None
+    ) -> DirtyRanges:
+        """The pages written since this client last took them; from now on it has not.
+
+        Other clients' bits stay. `MemorySystem.dirty_log_sync` fetches what guests
+        have written from the accelerators first. What the memory holds *after* this
+        call is at least as new as the writes that the call returned: take, then
+        read, and a write that comes in between is returned again next time.
+
+        On KVM with manual protection this is when the pages are write-protected
+        again, so take what you are going to read, when you are going to read it.
+
+        Args:
+            client: Whose bits.
+            offset: Where to begin, in bytes; rounded down to a page.
+            size: How far to go, in bytes; rounded up; None for all the rest.
+
+        Returns:
+            Stretches of dirty memory, ascending: ``(offset, size)``, in bytes.
+
+        Raises:
+            RegionError: The range is not within the block.
+            KvmError: The kernel refuses to protect the pages; no bit was taken.
+        """
+        client = _check_client(client)
+        if size is None:
+            size = self._size - offset
+        first, end = self._pages(offset, size)
+        if client not in self._dirty or first >= end:
+            return DirtyRanges(array("Q"), self._size)
+        with self._dirty_lock:
+            taken = self._dirty[client].take(first, end)
+        try:
+            for callback in tuple(self._when_taken):
+                callback(offset, size)
+        except BaseException:
+            with self._dirty_lock:
+                self._dirty[client].merge(first & ~7, taken)
+            raise
+        return DirtyRanges(runs(taken, first & ~7), self._size)
+
+    def dirty_pages(self, client: DirtyClient) -> int:
+        """How many pages `take_dirty` would give this client. Takes none."""
+        client = _check_client(client)
+        with self._dirty_lock:
+            bitmap = self._dirty.get(client)
+            return bitmap.count() if bitmap is not None else 0
+
+    def when_taken(self, callback: Callable[[int, int], object]) -> Callable[[], None]:
+        """Call ``callback(offset, size)`` whenever a client takes bits of a range.
+
+        For accelerators that leave pages writable until then. Called before
+        `take_dirty` returns; what it raises comes out of there, and no bit is taken.
+
+        Returns:
+            A function that takes the request back. Again does no harm.
+        """
+        self._when_taken.append(callback)
+
+        def undo() -> None:
+            with contextlib.suppress(ValueError):
+                self._when_taken.remove(callback)
+
+        return undo
+
+    def _bitmaps(self, clients: int) -> list[DirtyBitmap]:
+        """Those of the clients in a mask. With the lock held."""
+        found = []
+        for client in DirtyClient:
+            if clients >> client & 1:
+                bitmap = self._dirty.get(client)
+                if bitmap is None:
+                    bitmap = self._dirty[client] = DirtyBitmap(-(-self._size // DIRTY_PAGE_SIZE))
+                found.append(bitmap)
+        return found
+
+    def _pages(self, offset: int, size: int) -> tuple[int, int]:
+        """The pages that [offset, offset + size) is on: the first, and the one after the last."""
+        _check_int(f"offset in {self!r}", offset)
+        _check_int(f"size of a range of {self!r}", size)
+        if offset < 0 or size < 0 or offset + size > self._size:
+            raise RegionError(f"[{offset:#x}, {offset + size:#x}) is not within {self!r}")
+        first = offset // DIRTY_PAGE_SIZE
+        return first, -(-(offset + size) // DIRTY_PAGE_SIZE) if size else first
+
     def close(self) -> None:
         """Unmap now, instead of when the last user is gone. Idempotent.
 
@@ -238,6 +392,12 @@ def _check(name: str, size: int) -> None:
 def _check_int(what: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise RegionTypeError(f"{what} is an int, not {value!r}")
+
+
+def _check_client(client: object) -> DirtyClient:
+    if not isinstance(client, DirtyClient):
+        raise RegionTypeError(f"a client is a DirtyClient, not {client!r}")
+    return client
 
 
 def _pages(size: int) -> int:

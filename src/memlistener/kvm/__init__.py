@@ -16,6 +16,7 @@ vm                open_vm, which puts it all together
 """
 
 from memlistener.kvm import x86
+from memlistener.kvm.dirty_log import DirtyLogMethod
 from memlistener.kvm.exits import (
     Debug,
     FailEntry,
@@ -36,6 +37,7 @@ from memlistener.kvm.vm import Availability, Vm, VmStatistics, available, open_v
 __all__ = [
     "Availability",
     "Debug",
+    "DirtyLogMethod",
     "FailEntry",
     "Hlt",
     "InternalError",

@@ -14,6 +14,8 @@
 #define KVM_EXIT_FAIL_ENTRY 9
 #define KVM_EXIT_INTERNAL_ERROR 17
 #define KVM_EXIT_SYSTEM_EVENT 24
+#define KVM_EXIT_DIRTY_RING_FULL 31
+#define KVM_DIRTY_LOG_PAGE_OFFSET ...
 #define KVM_EXIT_IO_IN 0
 #define KVM_EXIT_IO_OUT 1
 #define KVM_INTERNAL_ERROR_EMULATION 1
@@ -74,8 +76,19 @@ int ml_create_vcpu(int vm, unsigned int id);
 int ml_set_user_memory_region(int vm, uint32_t slot, uint32_t flags, uint64_t guest_phys_addr,
                               uint64_t memory_size, uint64_t userspace_addr);
 int ml_get_dirty_log(int vm, uint32_t slot, void *bitmap);
+int ml_clear_dirty_log(int vm, uint32_t slot, uint64_t first_page, uint32_t pages, void *bitmap);
+int ml_enable_cap(int fd, uint32_t cap, uint64_t arg);
+int ml_reset_dirty_rings(int vm);
 int ml_kick_all_running_vcpus(int vm);
 int ml_resume_all_kicked_vcpus(int vm);
+
+/* On bitmaps with bit n in byte n / 8, at memory speed; see core/dirty.py. */
+void ml_bitmap_or(uint8_t *dst, const uint8_t *src, size_t size);
+/* How many bounds of runs of set bits there are; stored where bounds is not NULL. */
+size_t ml_bitmap_bounds(const uint8_t *bitmap, size_t size, uint64_t base, uint64_t *bounds);
+
+/* How many entries of a vCPU's dirty ring were new: slot and page of each are in found. */
+uint32_t ml_collect_dirty_gfns(void *ring, uint32_t entries, uint32_t *next, uint64_t *found);
 
 /* The signal's number, or -EBUSY when every real-time signal is taken. */
 int ml_install_kick_handler(void);

@@ -33,6 +33,28 @@
 #define KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES (1ULL << 0)
 #endif
 
+#ifndef KVM_CLEAR_DIRTY_LOG
+struct kvm_clear_dirty_log {
+    __u32 slot;
+    __u32 num_pages;
+    __u64 first_page;
+    union {
+        void *dirty_bitmap;
+        __u64 padding2;
+    };
+};
+#define KVM_CLEAR_DIRTY_LOG _IOWR(KVMIO, 0xc0, struct kvm_clear_dirty_log)
+#endif
+#ifndef KVM_RESET_DIRTY_RINGS
+#define KVM_RESET_DIRTY_RINGS _IO(KVMIO, 0xc7)
+#endif
+#ifndef KVM_EXIT_DIRTY_RING_FULL
+#define KVM_EXIT_DIRTY_RING_FULL 31
+#endif
+#ifndef KVM_DIRTY_LOG_PAGE_OFFSET
+#define KVM_DIRTY_LOG_PAGE_OFFSET 64 /* x86's; elsewhere such headers know of no ring */
+#endif
+
 /* Proposed in "KVM: stop all vcpus before modifying memslots", never merged. */
 #ifndef KVM_KICK_ALL_RUNNING_VCPUS
 #define KVM_KICK_ALL_RUNNING_VCPUS _IO(KVMIO, 0xd2)
@@ -111,6 +133,29 @@ static int ml_get_dirty_log(int vm, uint32_t slot, void *bitmap)
     return result(ioctl(vm, KVM_GET_DIRTY_LOG, &log));
 }
 
+static int ml_clear_dirty_log(int vm, uint32_t slot, uint64_t first_page, uint32_t pages,
+                              void *bitmap)
+{
+    struct kvm_clear_dirty_log log = {
+        .slot = slot,
+        .num_pages = pages,
+        .first_page = first_page,
+        .dirty_bitmap = bitmap,
+    };
+    return result(ioctl(vm, KVM_CLEAR_DIRTY_LOG, &log));
+}
+
+static int ml_enable_cap(int fd, uint32_t cap, uint64_t arg)
+{
+    struct kvm_enable_cap enable = {.cap = cap, .args = {arg}};
+    return result(ioctl(fd, KVM_ENABLE_CAP, &enable));
+}
+
+static int ml_reset_dirty_rings(int vm)
+{
+    return result(ioctl(vm, KVM_RESET_DIRTY_RINGS, 0));
+}
+
 static int ml_kick_all_running_vcpus(int vm)
 {
     return result(ioctl(vm, KVM_KICK_ALL_RUNNING_VCPUS, 0));
@@ -119,6 +164,107 @@ static int ml_kick_all_running_vcpus(int vm)
 static int ml_resume_all_kicked_vcpus(int vm)
 {
     return result(ioctl(vm, KVM_RESUME_ALL_KICKED_VCPUS, 0));
+}
+
+/* Bitmaps ------------------------------------------------------------------- */
+
+/* dst |= src. Most of a harvested bitmap is zero, and then dst is not even read. */
+static void ml_bitmap_or(uint8_t *dst, const uint8_t *src, size_t size)
+{
+    size_t i = 0;
+
+    for (; i + 8 <= size; i += 8) {
+        uint64_t more, bits;
+        memcpy(&more, src + i, 8);
+        if (!more)
+            continue;
+        memcpy(&bits, dst + i, 8);
+        bits |= more;
+        memcpy(dst + i, &bits, 8);
+    }
+    for (; i < size; i++)
+        dst[i] |= src[i];
+}
+
+/* 64 bits from byte i on, bit 0 of the first byte lowest; beyond the end there are zeros. */
+static uint64_t word_at(const uint8_t *bitmap, size_t i, size_t size)
+{
+    uint64_t word = 0;
+
+    if (size - i >= 8)
+        memcpy(&word, bitmap + i, 8); /* of a known size: one instruction */
+    else
+        memcpy(&word, bitmap + i, size - i);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    word = __builtin_bswap64(word);
+#endif
+    return word;
+}
+
+/*
+ * The runs of set bits, as the bit after which each begins or ends: every bit
+ * that differs from the one below it. bounds may be NULL, to count them first;
+ * the number is even.
+ */
+static size_t ml_bitmap_bounds(const uint8_t *bitmap, size_t size, uint64_t base, uint64_t *bounds)
+{
+    uint64_t last = 0; /* the highest bit of the word before */
+    size_t n = 0;
+
+    for (size_t i = 0; i < size; i += 8) {
+        uint64_t word = word_at(bitmap, i, size);
+        uint64_t edges = word ^ (word << 1 | last);
+
+        if (!edges) /* nearly always */
+            continue;
+        last = word >> 63;
+        if (!bounds) {
+            n += (size_t)__builtin_popcountll(edges);
+            continue;
+        }
+        for (; edges; edges &= edges - 1)
+            bounds[n++] = base + 8 * i + (uint64_t)__builtin_ctzll(edges);
+    }
+    if (last) { /* a run up to the very end */
+        if (bounds)
+            bounds[n] = base + 8 * ((size + 7) / 8 * 8);
+        n++;
+    }
+    return n;
+}
+
+/* The dirty ring ------------------------------------------------------------ */
+
+/* struct kvm_dirty_gfn, which old headers lack. */
+struct dirty_gfn {
+    uint32_t flags;
+    uint32_t slot;
+    uint64_t offset;
+};
+#define DIRTY_GFN_DIRTY 1u
+#define DIRTY_GFN_RESET 2u
+
+/*
+ * Take what the kernel has put into a vCPU's ring: slot and page of each entry
+ * into found, which has room for all. The flag is what hands an entry over, in
+ * both directions, so it is read before the entry and written after.
+ */
+static uint32_t ml_collect_dirty_gfns(void *ring, uint32_t entries, uint32_t *next,
+                                      uint64_t *found)
+{
+    struct dirty_gfn *gfns = ring;
+    uint32_t n = 0;
+
+    for (; n < entries; n++) {
+        struct dirty_gfn *gfn = &gfns[*next % entries];
+        if (__atomic_load_n(&gfn->flags, __ATOMIC_ACQUIRE) != DIRTY_GFN_DIRTY)
+            break;
+        found[2 * n] = gfn->slot;
+        found[2 * n + 1] = gfn->offset;
+        __atomic_store_n(&gfn->flags, DIRTY_GFN_RESET, __ATOMIC_RELEASE);
+        ++*next;
+    }
+    return n;
 }
 
 /* Running and kicking ------------------------------------------------------ */

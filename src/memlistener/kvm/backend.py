@@ -16,6 +16,7 @@ from memlistener.kvm.exits import VcpuExit
 # Values of kvm_run.exit_reason that the run loop tells apart.
 EXIT_IO = 2
 EXIT_MMIO = 6
+EXIT_DIRTY_RING_FULL = 31
 
 # Flags of struct kvm_userspace_memory_region.
 MEM_LOG_DIRTY_PAGES = 1
@@ -33,6 +34,12 @@ CAP_COALESCED_PIO = 162
 CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 CAP_DIRTY_LOG_RING = 192
 CAP_DIRTY_LOG_RING_ACQ_REL = 223
+
+# Flags of CAP_MANUAL_DIRTY_LOG_PROTECT2.
+DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1
+
+# struct kvm_dirty_gfn: what an entry of a dirty ring takes, in bytes.
+DIRTY_GFN_SIZE = 16
 
 
 class VcpuHandle(Protocol):
@@ -90,6 +97,14 @@ class VcpuHandle(Protocol):
         """The last exit, when it was neither MMIO nor PIO, as a value."""
         ...
 
+    def collect_dirty_gfns(self) -> list[tuple[int, int]]:
+        """Take what is new in the vCPU's dirty ring: (slot, page within it) each.
+
+        To be followed by `VmHandle.reset_dirty_rings`, which makes the entries
+        free again, and the pages such that a write to them is seen.
+        """
+        ...
+
     def get_regs(self) -> dict[str, int]:
         """``KVM_GET_REGS``: every field of ``struct kvm_regs`` by name."""
         ...
@@ -131,8 +146,20 @@ class VmHandle(Protocol):
         """``KVM_CREATE_VCPU``."""
         ...
 
+    def enable_cap(self, cap: int, arg: int) -> None:
+        """``KVM_ENABLE_CAP`` on the VM.
+
+        ``CAP_DIRTY_LOG_RING`` or its sibling, ``arg`` being the size of a ring in
+        bytes, comes before the first vCPU.
+        """
+        ...
+
     def get_dirty_log(self, slot: int, pages: int) -> bytes:
-        """``KVM_GET_DIRTY_LOG``: fetch and clear the bitmap of a slot.
+        """``KVM_GET_DIRTY_LOG``: fetch the bitmap of a slot.
+
+        It is cleared, and writes to its pages count again, unless
+        ``CAP_MANUAL_DIRTY_LOG_PROTECT2`` was enabled: then that is left to
+        `clear_dirty_log`.
 
         Args:
             slot: The slot, with the address-space id in its upper 16 bits.
@@ -140,6 +167,25 @@ class VmHandle(Protocol):
 
         Returns:
             The bitmap, one bit a page, in 64-bit little-endian words.
+        """
+        ...
+
+    def clear_dirty_log(self, slot: int, first_page: int, pages: int, bitmap: bytes) -> None:
+        """``KVM_CLEAR_DIRTY_LOG``: the pages that ``bitmap`` names count again.
+
+        Args:
+            slot: As for `get_dirty_log`.
+            first_page: Where the bitmap begins; a multiple of 64.
+            pages: How many it has: a multiple of 64, or all up to the slot's end.
+            bitmap: Bits that `get_dirty_log` has given.
+        """
+        ...
+
+    def reset_dirty_rings(self) -> int:
+        """``KVM_RESET_DIRTY_RINGS``: give the kernel back what was collected.
+
+        Returns:
+            How many entries, over all vCPUs' rings.
         """
         ...
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import attrs
 
+from memlistener.core.dirty import accelerate
 from memlistener.errors import KvmUnavailableError
+from memlistener.kvm.bitmaps import bitmap_functions
 
 _EXTENSION = "memlistener.kvm._kvm"
 
@@ -92,6 +94,7 @@ def _load() -> Bindings:
             "every real-time signal already has a handler in this process, and kicking a vCPU "
             "needs one; leave one of them at SIG_DFL"
         )
+    accelerate(*bitmap_functions(module.ffi, module.lib))
     return Bindings(module.ffi, module.lib, signo, hasattr(module.lib, "ml_get_regs"))
 
 

@@ -26,7 +26,13 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from memlistener.errors import KvmError, KvmUnavailableError
-from memlistener.kvm.backend import CAP_IMMEDIATE_EXIT, CAP_USER_MEMORY
+from memlistener.kvm.backend import (
+    CAP_DIRTY_LOG_RING,
+    CAP_DIRTY_LOG_RING_ACQ_REL,
+    CAP_IMMEDIATE_EXIT,
+    CAP_USER_MEMORY,
+    DIRTY_GFN_SIZE,
+)
 from memlistener.kvm.bindings import Bindings, bindings
 from memlistener.kvm.exits import VcpuExit
 from memlistener.kvm.structs import dict_to_struct, struct_to_dict, terminal_exit
@@ -204,11 +210,12 @@ def _why_not_open(path: str, number: int) -> str:
 class VmFd(_Fd):
     """A VM: its memslots, its dirty log, and the making of vCPUs."""
 
-    __slots__ = ("_mmap_size", "_slot_lock", "_slot_pages")
+    __slots__ = ("_mmap_size", "_ring_size", "_slot_lock", "_slot_pages")
 
     def __init__(self, fd: int, b: Bindings, mmap_size: int) -> None:
         super().__init__(fd, b)
         self._mmap_size = mmap_size
+        self._ring_size = 0  # bytes of each vCPU's dirty ring
         # The kernel writes a dirty bitmap as long as the slot, not as long as the caller
         # believes the slot to be; the lock keeps the two from parting.
         self._slot_lock = threading.Lock()
@@ -272,10 +279,22 @@ class VmFd(_Fd):
         fd = self._ioctl(
             "KVM_CREATE_VCPU", self._lib.ml_create_vcpu, vcpu_id, detail=f"id {vcpu_id:#x}"
         )
-        return VcpuFd(fd, self._b, vcpu_id, self._mmap_size)
+        return VcpuFd(fd, self._b, vcpu_id, self._mmap_size, self._ring_size)
+
+    def enable_cap(self, cap: int, arg: int) -> None:
+        """``KVM_ENABLE_CAP``; see `VmHandle.enable_cap`.
+
+        Raises:
+            KvmError: EINVAL where the kernel lacks ``cap``, or ``arg`` is none that it takes.
+        """
+        self._ioctl(
+            "KVM_ENABLE_CAP", self._lib.ml_enable_cap, cap, arg, detail=f"cap {cap}, {arg:#x}"
+        )
+        if cap in (CAP_DIRTY_LOG_RING, CAP_DIRTY_LOG_RING_ACQ_REL):
+            self._ring_size = arg
 
     def get_dirty_log(self, slot: int, pages: int) -> bytes:
-        """``KVM_GET_DIRTY_LOG``: fetch and clear the bitmap of a slot.
+        """``KVM_GET_DIRTY_LOG``: fetch the bitmap of a slot; see `VmHandle.get_dirty_log`.
 
         Args:
             slot: The slot, with the address-space id in its upper 16 bits.
@@ -302,6 +321,35 @@ class VmFd(_Fd):
             )
             return bytes(bitmap)
 
+    def clear_dirty_log(self, slot: int, first_page: int, pages: int, bitmap: bytes) -> None:
+        """``KVM_CLEAR_DIRTY_LOG``; see `VmHandle.clear_dirty_log`.
+
+        Raises:
+            KvmError: EINVAL where the pages are not the slot's, or their number is none that
+                the kernel takes; ENOENT when there is no such slot, or it does not log.
+            ValueError: The bitmap is too short for so many pages.
+        """
+        if len(bitmap) * 8 < pages:
+            raise ValueError(f"a bitmap of {len(bitmap):#x} bytes has no {pages:#x} pages")
+        padded = bitmap + bytes(-len(bitmap) % 8)  # the kernel reads words
+        self._ioctl(
+            "KVM_CLEAR_DIRTY_LOG",
+            self._lib.ml_clear_dirty_log,
+            slot,
+            first_page,
+            pages,
+            self._b.ffi.from_buffer(padded),
+            detail=f"slot {slot:#x}, {pages:#x} pages from {first_page:#x}",
+        )
+
+    def reset_dirty_rings(self) -> int:
+        """``KVM_RESET_DIRTY_RINGS``: give the kernel back what was collected.
+
+        Raises:
+            KvmError: EINVAL where the VM has no rings.
+        """
+        return self._ioctl("KVM_RESET_DIRTY_RINGS", self._lib.ml_reset_dirty_rings)
+
     def kick_all_running_vcpus(self) -> None:
         """``KVM_KICK_ALL_RUNNING_VCPUS``; mainline kernels answer ENOTTY."""
         self._ioctl("KVM_KICK_ALL_RUNNING_VCPUS", self._lib.ml_kick_all_running_vcpus)
@@ -312,26 +360,47 @@ class VmFd(_Fd):
 
 
 class VcpuFd(_Fd):
-    """A vCPU and its mapped ``struct kvm_run``."""
+    """A vCPU, its mapped ``struct kvm_run``, and its dirty ring where the VM has them."""
 
-    __slots__ = ("_id", "_ml_run", "_run", "_tid", "_union", "_view")
+    __slots__ = (
+        "_found",
+        "_id",
+        "_ml_run",
+        "_next",
+        "_ring",
+        "_ring_entries",
+        "_run",
+        "_tid",
+        "_union",
+        "_view",
+    )
 
     # None once closed. The mapping has no owner but the references to it, so a kick that is
     # under way in another thread while this one closes finishes before it is unmapped.
     _run: Any
     _view: memoryview | None
+    _ring: Any
 
-    def __init__(self, fd: int, b: Bindings, vcpu_id: int, mmap_size: int) -> None:
+    def __init__(
+        self, fd: int, b: Bindings, vcpu_id: int, mmap_size: int, ring_size: int = 0
+    ) -> None:
         super().__init__(fd, b)
         self._id = vcpu_id
         self._view = None
         self._run = None
+        self._ring = None
+        self._ring_entries = ring_size // DIRTY_GFN_SIZE
         self._tid = b.ffi.new("int *", 0)  # who is inside KVM_RUN; ml_run and ml_kick keep it
         self._ml_run = b.lib.ml_run
         # Where the members that describe an exit lie: a union, so all at one offset.
         self._union = b.ffi.offsetof("struct kvm_run", "io")
         try:
             mapping = mmap.mmap(fd, mmap_size)
+            if ring_size:
+                offset = b.lib.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
+                self._ring = b.ffi.from_buffer(mmap.mmap(fd, ring_size, offset=offset))
+                self._next = b.ffi.new("uint32_t *", 0)
+                self._found = b.ffi.new("uint64_t[]", 2 * self._ring_entries)
         except BaseException:
             self.close()
             raise
@@ -347,6 +416,7 @@ class VcpuFd(_Fd):
         """Unmap ``kvm_run`` and close the descriptor. Idempotent."""
         self._run = None
         self._view = None
+        self._ring = None
         super().close()
 
     def _details(self) -> str:
@@ -451,6 +521,19 @@ class VcpuFd(_Fd):
         if run is None:
             raise self._closed_error()
         return terminal_exit(self._b, run)
+
+    def collect_dirty_gfns(self) -> list[tuple[int, int]]:
+        """Take what is new in the dirty ring; see `VcpuHandle.collect_dirty_gfns`.
+
+        One thread at a time, for all of a VM's vCPUs.
+        """
+        ring = self._ring
+        if ring is None:
+            return []
+        found = self._found
+        count = self._lib.ml_collect_dirty_gfns(ring, self._ring_entries, self._next, found)
+        values = iter(self._b.ffi.unpack(found, 2 * count))
+        return list(zip(values, values, strict=True))
 
     def get_regs(self) -> dict[str, int]:
         """``KVM_GET_REGS``: every field of ``struct kvm_regs`` by name."""

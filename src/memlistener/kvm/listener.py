@@ -9,6 +9,11 @@ commit *with the vCPUs still held*: the memory system now sends begin, the
 inverse of the events, and commit, and only that commit lets the vCPUs go, onto
 the map as it was. When even taking back fails, every further commit raises, and
 they are never let go.
+
+A slot logs writes while some client logs the range that it shows. Before a slot
+that logs is deleted or moved, or stops to log, or logs for others, its dirty bits
+are fetched onto the `RamBlock` behind it, inside the bracket (rule B12): no vCPU
+writes between the fetch and the ioctl that loses the bits.
 """
 
 from __future__ import annotations
@@ -16,14 +21,18 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
+
+import attrs
 
 from memlistener.address_space import AddressSpace
 from memlistener.bracket import Gate
+from memlistener.core.dirty import DIRTY_PAGE_SIZE, DirtyClient
 from memlistener.core.kinds import RegionKind
 from memlistener.errors import KvmError, MemslotError
 from memlistener.histogram import Histogram
 from memlistener.kvm import backend as kernel
+from memlistener.kvm.dirty_log import DirtyBitmapLog, DirtyLog, Logged
 from memlistener.kvm.policy import KickPolicy
 from memlistener.kvm.slots import (
     MAX_SLOT_BYTES,
@@ -36,6 +45,16 @@ from memlistener.kvm.slots import (
     tears,
 )
 from memlistener.listener import ListenerPriority, MemoryListener, MemoryRegionSection
+from memlistener.ram import RamBlock
+
+
+@attrs.frozen
+class _Backing:
+    """The host memory behind a mapping: pinned for as long as there is this."""
+
+    memory: memoryview
+    block: RamBlock
+    offset: int  # of the mapping's first byte
 
 
 class KvmMemoryListener(MemoryListener):
@@ -45,6 +64,7 @@ class KvmMemoryListener(MemoryListener):
         vm: The VM's handle.
         gate: The gate that its vCPUs pass.
         policy: When to hold them.
+        dirty_log: How dirty bits are fetched; None for KVM_GET_DIRTY_LOG.
         limit: How many slots the kernel has; None to ask it.
         max_slot: Most bytes in one slot.
     """
@@ -57,6 +77,7 @@ class KvmMemoryListener(MemoryListener):
         gate: Gate,
         policy: KickPolicy = KickPolicy.EVERY_COMMIT,
         *,
+        dirty_log: DirtyLog | None = None,
         limit: int | None = None,
         max_slot: int = MAX_SLOT_BYTES,
     ) -> None:
@@ -67,6 +88,11 @@ class KvmMemoryListener(MemoryListener):
         if limit is None:
             limit = vm.check_extension(kernel.CAP_NR_MEMSLOTS) or 32  # KVM's old default
         self._table = SlotTable(limit)
+        self.dirty_log = dirty_log or DirtyBitmapLog(vm, manual=False)
+        self._logs_all = False  # memory-wide logging is on
+        self._clients: dict[Mapping, int] = {}  # who is to log which mapping
+        self._reassigned: dict[Mapping, None] = {}  # that stay, and log for others
+        self._logged: dict[int, Logged] = {}  # slot -> its log, as the kernel has it
         self.readonly_memory = bool(vm.check_extension(kernel.CAP_READONLY_MEM))
         # Section start -> its mappings: a ROM device's section has none in one
         # mode and some in the other, and region_del does not say which it was.
@@ -74,7 +100,7 @@ class KvmMemoryListener(MemoryListener):
         self._removed: dict[Mapping, None] = {}
         self._added: dict[Mapping, None] = {}
         # Slots pin the memory behind them, until the kernel has let go of it.
-        self._pins: dict[Mapping, memoryview] = {}
+        self._pins: dict[Mapping, _Backing] = {}
         self._holding = False
         self._closing = False
         self._torn: BaseException | None = None
@@ -104,8 +130,6 @@ class KvmMemoryListener(MemoryListener):
         """
         if self._closing:
             return None
-        if section.region.dirty_log_mask:  # which no log_start would say (rule T6)
-            raise _unsupported(f"dirty logging of {section!r}")
         if self._policy is KickPolicy.ON_OVERLAP and not self._holding and self._replaces(section):
             return self._hold_then_add(section)
         self._add(section)
@@ -120,25 +144,37 @@ class KvmMemoryListener(MemoryListener):
         return any(each.guest_phys_addr < end and start < each.end for each in self._removed)
 
     def _add(self, section: MemoryRegionSection) -> None:
-        mappings = self._mappings(section)
+        # Which no log_start would say of a range that is new (rule T6).
+        clients = section.region.dirty_log_mask | (_MIGRATION if self._logs_all else 0)
+        mappings = self._mappings(section, clients)
         self._mapped[section.offset_within_address_space] = [each for each, _ in mappings]
-        for each, memory in mappings:
-            self._pins[each] = memory
-            if each in self._removed:
-                del self._removed[each]
-            else:
-                self._added[each] = None
+        for each, backing in mappings:
+            self._add_mapping(each, backing, clients)
+
+    def _add_mapping(self, each: Mapping, backing: _Backing, clients: int) -> None:
+        self._pins[each] = backing
+        if each.flags & kernel.MEM_LOG_DIRTY_PAGES:
+            self._clients[each] = clients
+        if each in self._removed:
+            del self._removed[each]
+            self._reassigned[each] = None
+        else:
+            self._added[each] = None
 
     def region_del(self, section: MemoryRegionSection) -> None:
         """Queue the removal of the section's mappings."""
         if self._closing:
             return
         for each in self._mapped.pop(section.offset_within_address_space):
-            if each in self._added:  # of a commit that failed and is being undone
-                del self._added[each]
-                del self._pins[each]
-            else:
-                self._removed[each] = None
+            self._remove_mapping(each)
+
+    def _remove_mapping(self, each: Mapping) -> None:
+        if each in self._added:  # of a commit that failed and is being undone
+            del self._added[each]
+            del self._pins[each]
+            self._clients.pop(each, None)
+        else:
+            self._removed[each] = None
 
     async def commit(self) -> None:
         """Make the ioctls, and let the vCPUs go."""
@@ -150,24 +186,88 @@ class KvmMemoryListener(MemoryListener):
                 errno.EIO, "the memslots are neither as before nor as they should be"
             ) from self._torn
         ops = self._table.plan(self._removed, self._added)
-        if self._policy is KickPolicy.ON_OVERLAP and tears(ops):  # by a split move
+        ending = self._ending(ops)
+        if self._policy is KickPolicy.ON_OVERLAP and (ending or tears(ops)):
             await self._hold()
+        self.dirty_log.fetch(ending)
         self._make(ops)
+        for logged in self._reassigned_logs():
+            logged.clients = self._clients[logged.memslot.mapping]
         for each in self._removed:
             del self._pins[each]
+            self._clients.pop(each, None)
         self._removed.clear()
         self._added.clear()
+        self._reassigned.clear()
         self.release()
 
-    # ---- what this backend cannot do yet: refused, so that nothing is lost in silence -----
+    def _ending(self, ops: Iterable[SlotOp]) -> list[Logged]:
+        """The logs whose bits would be lost, or become somebody else's (rule B12)."""
+        found = {
+            op.slot: self._logged[op.slot]
+            for op in ops
+            if op.slot in self._logged and not (op.kind == "FLAGS_ONLY" and _logs(op.new))
+        }
+        for each in self._reassigned_logs():
+            if each.clients != self._clients[each.memslot.mapping]:
+                found[each.memslot.slot] = each
+        return list(found.values())
+
+    def _reassigned_logs(self) -> list[Logged]:
+        return [each for mapping in self._reassigned for each in self._logged_at(mapping)]
+
+    def _logged_at(self, mapping: Mapping) -> list[Logged]:
+        """The log of the slot that is this mapping, if it is one and has one."""
+        slot = self._table.at(mapping.guest_phys_addr)
+        if slot is None or slot.mapping != mapping or slot.slot not in self._logged:
+            return []
+        return [self._logged[slot.slot]]
+
+    # ---- dirty logging ----------------------------------------------------------------
 
     def log_global_start(self) -> None:
-        """Refused: the kernel is not asked for dirty bits yet."""
-        raise _unsupported("dirty logging")
+        """All memory that comes from now on is logged; for what there is, log_start comes."""
+        self._logs_all = True
+
+    def log_global_stop(self) -> None:
+        """As before `log_global_start`."""
+        self._logs_all = False
 
     def log_start(self, section: MemoryRegionSection, old: int, new: int) -> None:
-        """Refused, as `log_global_start`."""
-        raise _unsupported(f"dirty logging of {section!r}")
+        """Queue that the section's mappings log, for the clients in ``new``."""
+        self._set_clients(section, new)
+
+    def log_stop(self, section: MemoryRegionSection, old: int, new: int) -> None:
+        """Queue that they log for the clients in ``new`` only, or not at all."""
+        self._set_clients(section, new)
+
+    def _set_clients(self, section: MemoryRegionSection, clients: int) -> None:
+        if self._closing:
+            return
+        start = section.offset_within_address_space
+        mappings = self._mapped.get(start, [])
+        for number, old in enumerate(mappings):
+            if old.flags & kernel.MEM_READONLY:
+                continue  # the guest cannot write it
+            new = attrs.evolve(old, flags=kernel.MEM_LOG_DIRTY_PAGES if clients else 0)
+            if new == old:
+                if clients:
+                    self._clients[old] = clients
+                    self._reassigned[old] = None
+            else:
+                mappings[number] = new
+                backing = self._pins[old]
+                self._remove_mapping(old)
+                self._add_mapping(new, backing, clients)
+
+    def log_clear(self, section: MemoryRegionSection) -> None:
+        """The section's bits were taken: a write to its pages counts again."""
+        start, end = section.offset_within_address_space, section.end
+        for each in self._logged.values():
+            base = each.memslot.guest_phys_addr
+            low, high = max(start - base, 0), min(end - base, each.memslot.memory_size)
+            if low < high:
+                self.dirty_log.clear(each, low // DIRTY_PAGE_SIZE, -(-high // DIRTY_PAGE_SIZE))
 
     def eventfd_add(
         self, section: MemoryRegionSection, match_data: bool, data: int, eventfd: object
@@ -190,14 +290,27 @@ class KvmMemoryListener(MemoryListener):
             self.brackets += 1
 
     def detach(self, space: AddressSpace) -> None:
-        """The VM closes: hear nothing any more. The slots go with its descriptor."""
+        """The VM closes: hear nothing any more. The slots go with its descriptor.
+
+        What its guests wrote last is brought home first.
+
+        Raises:
+            KvmError: The kernel does not give the dirty bits.
+        """
         self._closing = True
         space.memory.forget(self, space)
-        self._pins.clear()
+        try:
+            self.dirty_log.fetch(self._logged.values())
+        finally:
+            self.dirty_log.close()
+            self._logged.clear()
+            self._pins.clear()
 
     # ---- sections -> mappings -----------------------------------------------------------
 
-    def _mappings(self, section: MemoryRegionSection) -> list[tuple[Mapping, memoryview]]:
+    def _mappings(
+        self, section: MemoryRegionSection, clients: int
+    ) -> list[tuple[Mapping, _Backing]]:
         """What the kernel is to be told of a section (rules K1 to K3), and its memory."""
         region = section.region
         kind = region.kind
@@ -215,18 +328,26 @@ class KvmMemoryListener(MemoryListener):
         parts = pieces(start, section.size, self._max_slot)
         if not parts:
             return []
-        memory: memoryview = region.block.view
-        base = region.block.host_address + section.offset_within_region - start
+        block = region.block
+        memory: memoryview = block.view
+        base = block.host_address + section.offset_within_region - start
         if base % PAGE_SIZE:
-            if region.block.host_address % PAGE_SIZE:
+            if block.host_address % PAGE_SIZE:
                 raise MemslotError(
                     errno.EINVAL,
-                    f"{section!r}: its host memory at {region.block.host_address:#x} does not "
+                    f"{section!r}: its host memory at {block.host_address:#x} does not "
                     f"start on a page: use an mmap, or RamBlock.anonymous()",
                 )
             return []  # an alias with a crooked offset: served by exits
-        flags = kernel.MEM_READONLY if readonly else 0
-        return [(Mapping(at, size, base + at, flags, region.name), memory) for at, size in parts]
+        logging = kernel.MEM_LOG_DIRTY_PAGES if clients else 0
+        flags = kernel.MEM_READONLY if readonly else logging  # what no guest writes needs no log
+        return [
+            (
+                Mapping(at, size, base + at, flags, region.name),
+                _Backing(memory, block, base + at - block.host_address),
+            )
+            for at, size in parts
+        ]
 
     # ---- ioctls ---------------------------------------------------------------------------
 
@@ -272,6 +393,21 @@ class KvmMemoryListener(MemoryListener):
         finally:
             self.ioctls += 1
         self._table.apply(op)
+        self._follow(op)
+
+    def _follow(self, op: SlotOp) -> None:
+        """The kernel has changed a slot: its log began, ended or moved."""
+        logged = self._logged.pop(op.slot, None)
+        if logged is not None and not _logs(op.new):
+            self.dirty_log.removed(logged)
+        elif op.new is not None and _logs(op.new):
+            if logged is None:
+                backing = self._pins[op.new.mapping]
+                clients = self._clients[op.new.mapping]
+                logged = Logged(op.new, backing.block, backing.offset, clients)
+                self.dirty_log.added(logged)
+            logged.memslot = op.new
+            self._logged[op.slot] = logged
 
     def _explained(self, op: SlotOp, error: OSError) -> MemslotError:
         number = error.errno or errno.EIO
@@ -286,6 +422,31 @@ class KvmMemoryListener(MemoryListener):
                 text += f"; it overlaps {', '.join(others)}"
         text += f"; {len(self._table)} of {self._table.limit} slots are in use"
         return MemslotError(number, text)
+
+
+class KvmRingMemoryListener(KvmMemoryListener):
+    """The same with dirty rings, which know nothing of sections: all are emptied at once."""
+
+    async def log_sync_global(self) -> None:
+        """Empty the rings; what vCPUs have not put there yet, they do when they come out."""
+        async with self._gate.holding():
+            self.dirty_log.fetch(())
+
+
+class KvmBitmapMemoryListener(KvmMemoryListener):
+    """The same with a bitmap for each slot."""
+
+    def log_sync(self, section: MemoryRegionSection) -> None:
+        """Fetch the bitmaps of the section's slots."""
+        mappings = self._mapped.get(section.offset_within_address_space, ())
+        self.dirty_log.fetch(each for one in mappings for each in self._logged_at(one))
+
+
+_MIGRATION = 1 << DirtyClient.MIGRATION
+
+
+def _logs(slot: Memslot | None) -> bool:
+    return slot is not None and bool(slot.flags & kernel.MEM_LOG_DIRTY_PAGES)
 
 
 def _unsupported(what: str) -> KvmError:

@@ -182,6 +182,10 @@ class SlotTable:
         """All slots by guest address."""
         return tuple(sorted(self._slots.values(), key=_address))
 
+    def at(self, guest_phys_addr: int) -> Memslot | None:
+        """The slot that begins at an address."""
+        return self._by_address.get(guest_phys_addr)
+
     def overlapping(self, mapping: Mapping) -> list[Memslot]:
         """The slots that have a guest address in common with ``mapping``."""
         return [each for each in self.slots if each.mapping.overlaps(mapping)]

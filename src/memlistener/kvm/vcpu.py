@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from memlistener.address_space import AddressSpace
     from memlistener.bracket import Gate
     from memlistener.core.flatview import FlatView
+    from memlistener.kvm.dirty_log import DirtyLog
 
 
 class Exits:
@@ -71,6 +72,7 @@ class KvmRun:
         io: Where its PIO exits go; None for nothing there.
         name: For errors.
         readonly_memory: Whether the kernel has slots for read-only memory.
+        log: What empties its dirty ring when that is full.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class KvmRun:
         name: str,
         *,
         readonly_memory: bool = True,
+        log: DirtyLog | None = None,
     ) -> None:
+        self._log = log
         self._handle = handle
         self._space = space
         self._io = io
@@ -157,9 +161,17 @@ class KvmRun:
         if reason == kernel.EXIT_IO:
             self._unfinished = True
             return self._pio()
+        if reason == kernel.EXIT_DIRTY_RING_FULL and self._log is not None:
+            self.exits.by_reason["DirtyRingFull"] += 1
+            return Serve(self._empty_rings)
         result = self._handle.terminal_exit()
         self.exits.by_reason[type(result).__name__] += 1
         return result
+
+    async def _empty_rings(self) -> None:
+        """On trio's thread, where no slot can change meanwhile."""
+        assert self._log is not None
+        self._log.fetch(())
 
     def _mmio(self, seen: FlatView | None) -> object:
         addr, size, is_write, data = self._handle.mmio()
@@ -295,6 +307,7 @@ class Vcpu:
         io: AddressSpace | None,
         *,
         readonly_memory: bool = True,
+        log: DirtyLog | None = None,
         closed: Callable[[Vcpu], object] = lambda vcpu: None,
     ) -> None:
         """Use `Vm.create_vcpu`."""
@@ -302,9 +315,12 @@ class Vcpu:
         self._id = vcpu_id
         self._handle = handle
         self._space = space
+        self._log = log
         self._kvm_run = KvmRun(
-            handle, space, io, f"vcpu {vcpu_id}", readonly_memory=readonly_memory
+            handle, space, io, f"vcpu {vcpu_id}", readonly_memory=readonly_memory, log=log
         )
+        if log is not None:
+            log.add_vcpu(handle)
         self._runner = VcpuRunner(f"vcpu {vcpu_id}", self._kvm_run, gate)
         self._regs = Regs(self)
         self._sregs = Sregs(self)
@@ -396,8 +412,12 @@ class Vcpu:
         await self._runner.aclose()
         if not self._kvm_run.closed:
             self._kvm_run.closed = True
-            self._handle.close()
-            self._on_close(self)
+            try:
+                if self._log is not None:
+                    self._log.remove_vcpu(self._handle)
+            finally:
+                self._handle.close()
+                self._on_close(self)
 
     def __repr__(self) -> str:
         return f"<Vcpu {self._id}{' running' if self.running else ''}>"

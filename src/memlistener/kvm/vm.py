@@ -12,7 +12,12 @@ from memlistener.address_space import AddressSpace
 from memlistener.bracket import MIN_RUN, Gate, GateStatistics, Holding
 from memlistener.errors import KvmUnavailableError, RegionError
 from memlistener.kvm import backend as kernel
-from memlistener.kvm.listener import KvmMemoryListener
+from memlistener.kvm.dirty_log import RING_ENTRIES, DirtyLogMethod, open_dirty_log
+from memlistener.kvm.listener import (
+    KvmBitmapMemoryListener,
+    KvmMemoryListener,
+    KvmRingMemoryListener,
+)
 from memlistener.kvm.policy import KickPolicy
 from memlistener.kvm.slots import Memslot
 from memlistener.kvm.vcpu import Vcpu, VcpuStatistics
@@ -115,6 +120,7 @@ class Vm:
                 self._space,
                 self._io,
                 readonly_memory=self._listener.readonly_memory,
+                log=self._listener.dirty_log,
                 closed=self._forget,
             )
         except BaseException:
@@ -167,6 +173,8 @@ async def open_vm(
     io: AddressSpace | None = None,
     *,
     policy: KickPolicy = KickPolicy.EVERY_COMMIT,
+    dirty_log: DirtyLogMethod = DirtyLogMethod.MANUAL_PROTECT,
+    dirty_ring_entries: int = RING_ENTRIES,
     backend: kernel.KvmBackend | None = None,
 ) -> AsyncIterator[Vm]:
     """A virtual machine that has ``space`` for its memory, until the block ends.
@@ -178,11 +186,16 @@ async def open_vm(
         space: The guest's physical memory.
         io: The guest's I/O ports; without it, nothing answers there.
         policy: When vCPUs are held.
+        dirty_log: How the kernel says which pages guests have written, once
+            somebody logs them.
+        dirty_ring_entries: For `DirtyLogMethod.RING`, how many each vCPU's ring
+            has: a power of two.
         backend: What plays the kernel: a `memlistener.testing.FakeKvm`. None
             for /dev/kvm.
 
     Raises:
-        KvmUnavailableError: /dev/kvm cannot be used; says why and the mend.
+        KvmUnavailableError: /dev/kvm cannot be used, or not with such a dirty log;
+            says why and the mend.
         KvmError: The kernel refuses the VM or its memory.
         RegionError: ``io`` belongs to another memory system.
         TransactionError: Inside a transaction of the same task.
@@ -199,7 +212,11 @@ async def open_vm(
             kvm = backend
         handle = stack.enter_context(contextlib.closing(kvm.create_vm()))
         gate = Gate(min_run=getattr(kvm, "min_run", MIN_RUN))
-        listener = KvmMemoryListener(handle, gate, policy)
+        log = open_dirty_log(handle, dirty_log, dirty_ring_entries)
+        kind = (
+            KvmRingMemoryListener if dirty_log is DirtyLogMethod.RING else KvmBitmapMemoryListener
+        )
+        listener: KvmMemoryListener = kind(handle, gate, policy, dirty_log=log)
         # Whatever happens from here on, memory is not to talk to a closed VM.
         stack.callback(listener.detach, space)
         await space.memory.register(listener, space)

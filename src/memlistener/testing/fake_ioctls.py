@@ -17,12 +17,15 @@ T = TypeVar("T")
 IOCTLS = frozenset(
     {
         "KVM_CHECK_EXTENSION",
+        "KVM_CLEAR_DIRTY_LOG",
         "KVM_CREATE_VCPU",
         "KVM_CREATE_VM",
+        "KVM_ENABLE_CAP",
         "KVM_GET_DIRTY_LOG",
         "KVM_GET_REGS",
         "KVM_GET_SREGS",
         "KVM_KICK_ALL_RUNNING_VCPUS",
+        "KVM_RESET_DIRTY_RINGS",
         "KVM_RESUME_ALL_KICKED_VCPUS",
         "KVM_RUN",
         "KVM_SET_REGS",

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from memlistener.kvm import backend
 from memlistener.testing.fake_ioctls import Ioctl, IoctlRecorder
-from memlistener.testing.fake_memslots import FakeMemslot, MemslotTable, kernel_error
+from memlistener.testing.fake_memslots import PAGE_SIZE, FakeMemslot, MemslotTable, kernel_error
 from memlistener.testing.fake_vcpu import FakeVcpu, VmState
 from memlistener.testing.guest_script import GuestProgram
 
@@ -46,6 +46,9 @@ _CAPABILITIES = {
     backend.CAP_DIRTY_LOG_RING: 1 << 20,
     backend.CAP_DIRTY_LOG_RING_ACQ_REL: 1 << 20,
 }
+
+# 64 entries that are kept for writes on the way out, and as many again.
+_LEAST_RING = 128 * backend.DIRTY_GFN_SIZE
 
 _U32 = (1 << 32) - 1
 _U64 = (1 << 64) - 1
@@ -192,6 +195,7 @@ class FakeVm:
         self.vcpus: list[FakeVcpu] = []
         self._kvm = kvm
         self._closed = False
+        self._ring_entries = 0
         capabilities = kvm._capabilities
         memslots = MemslotTable(
             limit=capabilities[backend.CAP_NR_MEMSLOTS],
@@ -272,7 +276,7 @@ class FakeVm:
                 raise kernel_error(errno.EINVAL, f"vCPU {vcpu_id}: there can be {limit}")
             if any(vcpu.vcpu_id == vcpu_id for vcpu in self.vcpus):
                 raise kernel_error(errno.EEXIST, f"vCPU {vcpu_id} exists")
-            vcpu = FakeVcpu(self._state, vcpu_id, script)
+            vcpu = FakeVcpu(self._state, vcpu_id, script, ring_entries=self._ring_entries)
             self.vcpus.append(vcpu)
             return vcpu
 
@@ -294,6 +298,66 @@ class FakeVm:
             lambda: self._state.memslots.dirty_log(slot, pages),
             {"slot": slot, "pages": pages},
         )
+
+    def enable_cap(self, cap: int, arg: int) -> None:
+        """``KVM_ENABLE_CAP``, for manual protection and dirty rings.
+
+        Raises:
+            KvmError: EINVAL or E2BIG, where the kernel would.
+        """
+
+        def effect() -> None:
+            offered = self._kvm._capabilities.get(cap, 0)
+            if not offered:
+                raise kernel_error(errno.EINVAL, f"no capability {cap}")
+            if cap == backend.CAP_MANUAL_DIRTY_LOG_PROTECT2:
+                if arg & ~offered:
+                    raise kernel_error(errno.EINVAL, f"{arg:#x} is none of {offered:#x}")
+                self._state.memslots.manual_protect = bool(
+                    arg & backend.DIRTY_LOG_MANUAL_PROTECT_ENABLE
+                )
+            elif cap in (backend.CAP_DIRTY_LOG_RING, backend.CAP_DIRTY_LOG_RING_ACQ_REL):
+                if arg & (arg - 1) or arg < max(PAGE_SIZE, _LEAST_RING):
+                    raise kernel_error(errno.EINVAL, f"a ring cannot have {arg:#x} bytes")
+                if arg > offered:
+                    raise kernel_error(errno.E2BIG, f"a ring has {offered:#x} bytes at most")
+                if self._ring_entries or self.vcpus:
+                    raise kernel_error(errno.EINVAL, "rings come once, and before vCPUs")
+                self._ring_entries = arg // backend.DIRTY_GFN_SIZE
+                self._state.memslots.rings = True
+            else:
+                raise kernel_error(errno.EINVAL, f"capability {cap} needs no enabling")
+
+        self._ioctl("KVM_ENABLE_CAP", effect, {"cap": cap, "arg": arg})
+
+    def clear_dirty_log(self, slot: int, first_page: int, pages: int, bitmap: bytes) -> None:
+        """``KVM_CLEAR_DIRTY_LOG``; see `VmHandle.clear_dirty_log`.
+
+        Raises:
+            KvmError: EINVAL for pages that are not the slot's or not a number of
+                them that the kernel takes; ENOENT where nothing logs; ENXIO
+                where there are rings.
+            ValueError: The bitmap is too short.
+        """
+        self._ioctl(
+            "KVM_CLEAR_DIRTY_LOG",
+            lambda: self._state.memslots.clear_dirty_log(slot, first_page, pages, bitmap),
+            {"slot": slot, "first_page": first_page, "pages": pages, "bitmap": bitmap},
+        )
+
+    def reset_dirty_rings(self) -> int:
+        """``KVM_RESET_DIRTY_RINGS``: entries that were collected are free again.
+
+        Raises:
+            KvmError: EINVAL where there are no rings.
+        """
+
+        def effect() -> int:
+            if not self._ring_entries:
+                raise kernel_error(errno.EINVAL, "this VM has no dirty rings")
+            return sum(vcpu.reset_ring() for vcpu in self.vcpus)
+
+        return self._ioctl("KVM_RESET_DIRTY_RINGS", effect, {})
 
     def kick_all_running_vcpus(self) -> None:
         """``KVM_KICK_ALL_RUNNING_VCPUS``: turn vCPUs out, and wait until they are.

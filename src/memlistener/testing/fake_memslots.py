@@ -90,8 +90,13 @@ class MemslotTable:
         self._slots: dict[int, FakeMemslot] = {}
         # Per address space, ascending and disjoint.
         self._ordered: list[list[FakeMemslot]] = [[] for _ in range(address_spaces)]
-        # Sets of page numbers within the slot: huge slots, few dirty pages.
+        # Sets of page numbers within the slot: huge slots, few dirty pages. A page
+        # that is not there is write-protected: the next write to it is noticed.
         self._dirty: dict[int, set[int]] = {}
+        # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reporting does not protect.
+        self.manual_protect = False
+        # Each vCPU has a dirty ring instead of each slot a bitmap.
+        self.rings = False
 
     def slots(self) -> tuple[FakeMemslot, ...]:
         """Every slot, by address space and then by guest address."""
@@ -134,37 +139,92 @@ class MemslotTable:
     def dirty_log(self, slot: int, pages: int) -> bytes:
         """``KVM_GET_DIRTY_LOG``: the bitmap of ``slot``, which starts anew.
 
+        Under manual protection it does not: `clear_dirty_log` does that.
+
         Raises:
-            KvmError: EINVAL for an id out of range, ENOENT where nothing logs.
+            KvmError: EINVAL for an id out of range, ENOENT where nothing logs,
+                ENXIO where there are rings.
             ValueError: The slot has another number of pages: the kernel would
                 have written past the end of the caller's buffer.
         """
-        self._check_id(slot)
-        dirty = self._dirty.get(slot)
-        if dirty is None:
-            raise kernel_error(errno.ENOENT, f"slot {slot:#x} is absent or does not log")
+        dirty = self._bitmap_of(slot)
         slot_pages = self._slots[slot].memory_size // PAGE_SIZE
         if pages != slot_pages:
             raise ValueError(f"slot {slot:#x} has {slot_pages:#x} pages, not {pages:#x}")
         bitmap = bytearray((pages + 63) // 64 * 8)
         for page in dirty:
             bitmap[page >> 3] |= 1 << (page & 7)
-        dirty.clear()
+        if not self.manual_protect:
+            dirty.clear()
         return bytes(bitmap)
+
+    def clear_dirty_log(self, slot: int, first_page: int, pages: int, bitmap: bytes) -> None:
+        """``KVM_CLEAR_DIRTY_LOG``: protect the pages that ``bitmap`` names.
+
+        Raises:
+            KvmError: As for `dirty_log`, and EINVAL for pages that are not the
+                slot's or not a number of them that the kernel takes.
+            ValueError: The bitmap is too short.
+        """
+        if len(bitmap) * 8 < pages:
+            raise ValueError(f"a bitmap of {len(bitmap):#x} bytes has no {pages:#x} pages")
+        if self.rings:
+            raise kernel_error(errno.ENXIO, "this VM has dirty rings")
+        self._check_id(slot)
+        if first_page & 63:
+            raise kernel_error(errno.EINVAL, f"page {first_page:#x} begins no word of the bitmap")
+        dirty = self._bitmap_of(slot)
+        there = self._slots[slot].memory_size // PAGE_SIZE
+        if first_page + pages > there or (first_page + pages < there and pages & 63):
+            raise kernel_error(
+                errno.EINVAL, f"{pages:#x} pages from {first_page:#x} of slot {slot:#x}"
+            )
+        bits = int.from_bytes(bitmap, "little") & ((1 << pages) - 1)
+        dirty -= {page for page in dirty if page >= first_page and bits >> page - first_page & 1}
+
+    def protect(self, slot: int, page: int) -> None:
+        """Notice the next write to a page, as ``KVM_RESET_DIRTY_RINGS`` has it."""
+        self._dirty.get(slot, set()).discard(page)
+
+    def _bitmap_of(self, slot: int) -> set[int]:
+        if self.rings:
+            raise kernel_error(errno.ENXIO, "this VM has dirty rings")
+        self._check_id(slot)
+        dirty = self._dirty.get(slot)
+        if dirty is None:
+            raise kernel_error(errno.ENOENT, f"slot {slot:#x} is absent or does not log")
+        return dirty
 
     def load(self, address_space: int, addr: int, size: int) -> bytes | None:
         """Bytes of guest memory within one page; None where no slot is."""
         slot = self._find(address_space, addr)
         return None if slot is None else bytes(_host_bytes(slot, addr, size))
 
-    def store(self, address_space: int, addr: int, data: bytes) -> bool:
-        """Write within one page, marking it dirty; False: no slot, or read-only."""
+    def store(
+        self,
+        address_space: int,
+        addr: int,
+        data: bytes,
+        noticed: Callable[[int, int], object] = lambda slot, page: None,
+    ) -> bool:
+        """Write within one page, marking it dirty; False: no slot, or read-only.
+
+        Args:
+            address_space: The vCPU's.
+            addr: Where.
+            data: What.
+            noticed: Called with slot and page, where the page was write-protected.
+        """
         slot = self._find(address_space, addr)
         if slot is None or slot.readonly:
             return False
         _host_bytes(slot, addr, len(data))[:] = data
         if slot.logs_dirty:
-            self._dirty[slot.slot].add((addr - slot.guest_phys_addr) // PAGE_SIZE)
+            page = (addr - slot.guest_phys_addr) // PAGE_SIZE
+            dirty = self._dirty[slot.slot]
+            if page not in dirty:
+                dirty.add(page)
+                noticed(slot.slot, page)
         return True
 
     def check(self) -> None:

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 import attrs
 
+from memlistener.kvm.backend import EXIT_DIRTY_RING_FULL
 from memlistener.kvm.exits import VcpuExit
 from memlistener.testing import fake_registers
 from memlistener.testing.fake_ioctls import Begun, IoctlRecorder
@@ -38,6 +39,9 @@ from memlistener.testing.guest_script import Deaf, Instruction, LoseSignals, Spi
 from memlistener.testing.scripted_guest import EXIT_INTR, ScriptedGuest, cut
 
 T = TypeVar("T")
+
+# A ring counts as full when so many entries are left (KVM_DIRTY_RING_RSVD_ENTRIES).
+_RING_RESERVE = 64
 
 
 @attrs.frozen
@@ -94,8 +98,18 @@ class FakeVcpu:
             vCPU sees in system management mode.
     """
 
-    def __init__(self, vm: VmState, vcpu_id: int, script: Iterable[Instruction]) -> None:
+    def __init__(
+        self,
+        vm: VmState,
+        vcpu_id: int,
+        script: Iterable[Instruction],
+        *,
+        ring_entries: int = 0,
+    ) -> None:
         """Use `FakeVm.create_vcpu` instead."""
+        self._ring_entries = ring_entries
+        self._ring: list[tuple[int, int]] = []  # slot and page; the oldest first
+        self._collected = 0  # so many of them
         self.vcpu_id = vcpu_id
         self.address_space_id = 0
         self._vm = vm
@@ -292,6 +306,21 @@ class FakeVcpu:
         self._check_open()
         return self._guest.terminal_exit()
 
+    def collect_dirty_gfns(self) -> list[tuple[int, int]]:
+        """Take what is new in the dirty ring; see `VcpuHandle.collect_dirty_gfns`."""
+        with self._lock:
+            found = self._ring[self._collected :]
+            self._collected = len(self._ring)
+            return found
+
+    def reset_ring(self) -> int:
+        """Free what was collected, and protect its pages. The lock is held."""
+        count, self._collected = self._collected, 0
+        for slot, page in self._ring[:count]:
+            self._vm.memslots.protect(slot, page)
+        del self._ring[:count]
+        return count
+
     def get_regs(self) -> dict[str, int]:
         """``KVM_GET_REGS``."""
         return self._vcpu_ioctl("KVM_GET_REGS", lambda: dict(self._regs), {})
@@ -375,7 +404,12 @@ class FakeVcpu:
             return 0
         if not wants_to_run:
             return errno.EINTR
-        while self._at_boundary():
+        while True:
+            if self._ring_is_full():
+                self._guest.exit_reason = EXIT_DIRTY_RING_FULL
+                return 0
+            if not self._at_boundary():
+                break
             if self._perform(self._guest.current_instruction()):
                 return 0
         self._guest.exit_reason = EXIT_INTR
@@ -428,6 +462,13 @@ class FakeVcpu:
             self._spun = 0
             self._guest.retire()
 
+    def _ring_is_full(self) -> bool:
+        return bool(self._ring_entries) and len(self._ring) >= self._ring_entries - _RING_RESERVE
+
+    def _noticed(self, slot: int, page: int) -> None:
+        if self._ring_entries:
+            self._ring.append((slot, page))
+
     def _memory(self, addr: int, data: bytearray, is_write: bool) -> list[tuple[int, int]]:
         """Do what memslots can of an access; return what is left, cut at pages."""
         left: list[tuple[int, int]] = []
@@ -436,7 +477,7 @@ class FakeVcpu:
             for offset, length in cut(addr, len(data), PAGE_SIZE):
                 part = slice(offset, offset + length)
                 if is_write:
-                    done = memslots.store(space, addr + offset, bytes(data[part]))
+                    done = memslots.store(space, addr + offset, bytes(data[part]), self._noticed)
                 else:
                     loaded = memslots.load(space, addr + offset, length)
                     done = loaded is not None

@@ -1,0 +1,313 @@
+"""Fetching the pages that guests have written, from the kernel onto the `RamBlock`.
+
+Three ways, as `DirtyLogMethod` says; each is a class with the same few methods.
+What is common to them: bits are fetched on trio's thread, in one piece with the
+memslot ioctls that a commit makes, so that a slot's number means the same to the
+kernel and here; and what was fetched is on the block, for every client that logs
+the memory, before anything else can fail.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import attrs
+
+from memlistener.core.dirty import DIRTY_PAGE_SIZE, DirtyBitmap
+from memlistener.errors import KvmError, KvmUnavailableError
+from memlistener.kvm import backend as kernel
+from memlistener.kvm.slots import Memslot
+from memlistener.ram import RamBlock
+
+# What QEMU's documentation recommends: 16 MiB written fill a ring of 64 KiB.
+RING_ENTRIES = 4096
+
+
+class DirtyLogMethod(enum.Enum):
+    """How a VM learns which pages its guests have written."""
+
+    BITMAP = "bitmap"
+    """KVM_GET_DIRTY_LOG, which write-protects what it reports at once."""
+
+    MANUAL_PROTECT = "manual-protect"
+    """KVM_GET_DIRTY_LOG only reports, and KVM_CLEAR_DIRTY_LOG write-protects a page
+    when a client takes it (`RamBlock.take_dirty`), not long before. As `BITMAP`
+    where the kernel does not offer it."""
+
+    RING = "ring"
+    """The dirty ring: each vCPU names the pages that it writes as it writes them.
+    What it costs depends on how much is written, and not on how much memory
+    there is; a vCPU whose ring is full waits until it has been emptied."""
+
+
+@attrs.define(eq=False)
+class Logged:
+    """A memslot whose dirty log is on, and whose pages those are.
+
+    Attributes:
+        memslot: As the kernel has it.
+        block: The memory behind it.
+        offset: Of the slot's first byte in the block; a multiple of the page size.
+        clients: Who logs it: a mask of `DirtyClient` bits.
+    """
+
+    memslot: Memslot
+    block: RamBlock
+    offset: int
+    clients: int
+
+    @property
+    def pages(self) -> int:
+        """How many it has."""
+        return self.memslot.memory_size // DIRTY_PAGE_SIZE
+
+
+class DirtyLog(Protocol):
+    """What each of the three does."""
+
+    def added(self, logged: Logged) -> None:
+        """A slot logs from now on."""
+        ...
+
+    def removed(self, logged: Logged) -> None:
+        """A slot was deleted, or its log is off. What it had was fetched before."""
+        ...
+
+    def fetch(self, slots: Iterable[Logged]) -> None:
+        """Bring the bits of these slots onto their blocks."""
+        ...
+
+    def clear(self, logged: Logged, first: int, end: int) -> None:
+        """Pages [first, end) of a slot were taken: a write to them counts again."""
+        ...
+
+    def add_vcpu(self, handle: kernel.VcpuHandle) -> None:
+        """There is one more who writes."""
+        ...
+
+    def remove_vcpu(self, handle: kernel.VcpuHandle) -> None:
+        """It is about to be closed; it has written its last."""
+        ...
+
+    def close(self) -> None:
+        """The VM closes; everything was fetched."""
+        ...
+
+
+class DirtyBitmapLog:
+    """KVM_GET_DIRTY_LOG, with or without manual protection.
+
+    With it the kernel reports a page again and again until it is cleared. So
+    what was reported last is kept for each slot, and cleared when the first
+    client takes it; a page that nobody has taken costs its guest nothing more.
+
+    Args:
+        vm: The VM's handle.
+        manual: Whether to use KVM_CLEAR_DIRTY_LOG.
+    """
+
+    def __init__(self, vm: kernel.VmHandle, *, manual: bool) -> None:
+        self.manual = manual
+        self._vm = vm
+        self._reported: dict[Logged, DirtyBitmap] = {}
+        self._watched: dict[RamBlock, Callable[[], None]] = {}
+        self._slots: dict[RamBlock, int] = {}
+        if manual:
+            # Not INITIALLY_SET: a slot that a transaction makes again would report
+            # all of its pages, and a pre-copy would never come to an end.
+            vm.enable_cap(
+                kernel.CAP_MANUAL_DIRTY_LOG_PROTECT2, kernel.DIRTY_LOG_MANUAL_PROTECT_ENABLE
+            )
+
+    def added(self, logged: Logged) -> None:
+        """See `DirtyLog`."""
+        block = logged.block
+        self._slots[block] = self._slots.get(block, 0) + 1
+        if self.manual and block not in self._watched:
+            self._watched[block] = block.when_taken(
+                lambda offset, size: self._taken(block, offset, size)
+            )
+
+    def removed(self, logged: Logged) -> None:
+        """See `DirtyLog`."""
+        self._reported.pop(logged, None)
+        block = logged.block
+        self._slots[block] -= 1
+        if not self._slots[block]:
+            del self._slots[block]
+            if block in self._watched:
+                self._watched.pop(block)()
+
+    def fetch(self, slots: Iterable[Logged]) -> None:
+        """See `DirtyLog`.
+
+        Raises:
+            KvmError: The kernel refuses; names the slot. What came before is on its block.
+        """
+        for each in slots:
+            try:
+                bitmap = self._vm.get_dirty_log(each.memslot.slot, each.pages)
+            except OSError as error:
+                raise _explained("KVM_GET_DIRTY_LOG", each, error) from error
+            if bitmap == bytes(len(bitmap)):
+                continue
+            each.block.merge_dirty(each.offset, bitmap, each.clients)
+            if self.manual:
+                reported = self._reported[each] = DirtyBitmap(each.pages)
+                reported.merge(0, bitmap)
+
+    def clear(self, logged: Logged, first: int, end: int) -> None:
+        """See `DirtyLog`.
+
+        Raises:
+            KvmError: The kernel refuses; names the slot.
+        """
+        reported = self._reported.get(logged)
+        if reported is None:
+            return
+        bits = reported.take(first, end)
+        if not any(bits):
+            return
+        # The kernel clears whole words, and up to the slot's end an odd number of pages.
+        low = first & ~63
+        bitmap = bytes(((first & ~7) - low) // 8) + bits
+        pages = min(-(-end // 64) * 64, logged.pages) - low
+        try:
+            self._vm.clear_dirty_log(
+                logged.memslot.slot, low, pages, bitmap.ljust(-(-pages // 64) * 8, b"\0")
+            )
+        except OSError as error:
+            reported.merge(first & ~7, bits)
+            raise _explained("KVM_CLEAR_DIRTY_LOG", logged, error) from error
+
+    def _taken(self, block: RamBlock, offset: int, size: int) -> None:
+        """Somebody took the bits of a part of a block."""
+        for each in tuple(self._reported):
+            if each.block is block:
+                low = max(offset, each.offset) - each.offset
+                high = min(offset + size, each.offset + each.memslot.memory_size) - each.offset
+                if low < high:
+                    self.clear(each, low // DIRTY_PAGE_SIZE, -(-high // DIRTY_PAGE_SIZE))
+
+    def add_vcpu(self, handle: kernel.VcpuHandle) -> None:
+        """See `DirtyLog`: the bitmaps are the slots'."""
+
+    def remove_vcpu(self, handle: kernel.VcpuHandle) -> None:
+        """See `DirtyLog`."""
+
+    def close(self) -> None:
+        """See `DirtyLog`."""
+        for undo in self._watched.values():
+            undo()
+        self._watched.clear()
+        self._reported.clear()
+
+
+class DirtyRingLog:
+    """The dirty ring of each vCPU.
+
+    An entry names a slot by its number, and may be as old as the last time that
+    the rings were emptied: so they are emptied before a number gets another
+    meaning, and whenever one is full.
+
+    Args:
+        vm: The VM's handle; it has no vCPU yet.
+        entries: How many each ring has: a power of two.
+
+    Raises:
+        KvmUnavailableError: The kernel has no dirty ring, or none so large.
+    """
+
+    def __init__(self, vm: kernel.VmHandle, *, entries: int) -> None:
+        self._vm = vm
+        self._vcpus: list[kernel.VcpuHandle] = []
+        self._logged: dict[int, Logged] = {}
+        for cap in (kernel.CAP_DIRTY_LOG_RING_ACQ_REL, kernel.CAP_DIRTY_LOG_RING):
+            most = vm.check_extension(cap)
+            if most:
+                break
+        else:
+            raise KvmUnavailableError(
+                "this kernel has no dirty ring: use Linux 5.11 or later on x86-64, or another "
+                "DirtyLogMethod"
+            )
+        try:
+            vm.enable_cap(cap, entries * kernel.DIRTY_GFN_SIZE)
+        except OSError as error:
+            number = error.errno or 0
+            raise KvmUnavailableError(
+                number,
+                f"the kernel makes no dirty ring of {entries} entries "
+                f"({os.strerror(number)}): give a power of two from 1,024 to "
+                f"{most // kernel.DIRTY_GFN_SIZE}",
+            ) from error
+
+    def added(self, logged: Logged) -> None:
+        """See `DirtyLog`."""
+        self._logged[logged.memslot.slot] = logged
+
+    def removed(self, logged: Logged) -> None:
+        """See `DirtyLog`."""
+        del self._logged[logged.memslot.slot]
+
+    def fetch(self, slots: Iterable[Logged] = ()) -> None:
+        """Empty all rings, whoever the entries are of; see `DirtyLog`.
+
+        Raises:
+            KvmError: The kernel refuses to take the entries back; the bits are on
+                their blocks.
+        """
+        found = [entry for vcpu in self._vcpus for entry in vcpu.collect_dirty_gfns()]
+        if not found:
+            return
+        pages: dict[Logged, DirtyBitmap] = {}
+        for slot, page in found:
+            logged = self._logged.get(slot)
+            if logged is None or page >= logged.pages:
+                continue  # of a slot whose log went off: it was fetched before that
+            bitmap = pages.get(logged)
+            if bitmap is None:
+                bitmap = pages[logged] = DirtyBitmap(logged.pages)
+            bitmap.mark(page, page + 1)
+        for logged, bitmap in pages.items():
+            logged.block.merge_dirty(logged.offset, bitmap.take(0, logged.pages), logged.clients)
+        self._vm.reset_dirty_rings()
+
+    def clear(self, logged: Logged, first: int, end: int) -> None:
+        """See `DirtyLog`: done when the ring was emptied."""
+
+    def add_vcpu(self, handle: kernel.VcpuHandle) -> None:
+        """See `DirtyLog`."""
+        self._vcpus.append(handle)
+
+    def remove_vcpu(self, handle: kernel.VcpuHandle) -> None:
+        """See `DirtyLog`."""
+        if handle in self._vcpus:
+            self.fetch()
+            self._vcpus.remove(handle)
+
+    def close(self) -> None:
+        """See `DirtyLog`."""
+
+
+def open_dirty_log(vm: kernel.VmHandle, method: DirtyLogMethod, ring_entries: int) -> DirtyLog:
+    """The one that ``method`` asks for, switched on in the kernel.
+
+    Raises:
+        KvmUnavailableError: The kernel does not have it.
+    """
+    if method is DirtyLogMethod.RING:
+        return DirtyRingLog(vm, entries=ring_entries)
+    offered = vm.check_extension(kernel.CAP_MANUAL_DIRTY_LOG_PROTECT2)
+    manual = method is DirtyLogMethod.MANUAL_PROTECT and bool(
+        offered & kernel.DIRTY_LOG_MANUAL_PROTECT_ENABLE
+    )
+    return DirtyBitmapLog(vm, manual=manual)
+
+
+def _explained(ioctl: str, logged: Logged, error: OSError) -> KvmError:
+    number = error.errno or 0
+    return KvmError(number, f"{ioctl}: {logged.memslot}: {os.strerror(number)}")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from memlistener import (
+    DirtyClient,
     FlatView,
     MemoryRegion,
     MemorySystem,
@@ -408,3 +409,131 @@ class TestBehindRegions:
             RamBlock.anonymous(16, name=wrong)
         with pytest.raises(RegionTypeError, match=r"size of .* is an int"):
             RamBlock.memfd(wrong)
+
+
+VGA, CODE, MIGRATION = DirtyClient
+
+
+class TestDirtyPages:
+    """Who wrote what, and who has been told."""
+
+    def test_each_client_takes_its_own(self) -> None:
+        """Several clients: taking one's bits leaves the others'."""
+        block = RamBlock.anonymous(0x10000)
+        block.mark_dirty(0x1FFF, 2)
+        assert [block.dirty_pages(each) for each in DirtyClient] == [2, 2, 2]
+        assert block.take_dirty(VGA) == [(0x1000, 0x2000)]
+        assert block.take_dirty(VGA) == []
+        assert block.take_dirty(MIGRATION) == [(0x1000, 0x2000)]
+        assert [block.dirty_pages(each) for each in DirtyClient] == [0, 2, 0]
+
+    def test_only_for_some(self) -> None:
+        """A mask says whose bits are set."""
+        block = RamBlock.anonymous(0x10000)
+        block.mark_dirty(0, 1, 1 << CODE | 1 << VGA)
+        block.merge_dirty(0x8000, b"\x05", 1 << VGA)
+        assert block.take_dirty(VGA) == [(0, 0x1000), (0x8000, 0x1000), (0xA000, 0x1000)]
+        assert block.take_dirty(CODE) == [(0, 0x1000)]
+        assert block.take_dirty(MIGRATION) == []
+
+    def test_part_of_a_page(self) -> None:
+        """The last page ends where the block does; a range is rounded to pages outwards."""
+        block = RamBlock.from_buffer(bytearray(0x2800))
+        block.mark_dirty(0x27FF, 1)
+        block.mark_dirty(0xFFF, 1)
+        assert block.take_dirty(VGA, 0x2010, 1) == [(0x2000, 0x800)]
+        assert block.take_dirty(VGA, 0x800) == [(0, 0x1000)]
+        block.merge_dirty(0, b"\xff" * 8)
+        assert block.take_dirty(VGA) == [(0, 0x2800)]
+
+    def test_nothing(self) -> None:
+        """A range of no bytes is on no page."""
+        block = RamBlock.anonymous(0x2000)
+        block.mark_dirty(0, 0)
+        block.mark_dirty(0x2000, 0)
+        assert block.dirty_pages(VGA) == 0
+        block.mark_dirty(0, 0x2000)
+        assert block.take_dirty(VGA, 0x1000, 0) == []
+        assert block.take_dirty(VGA, 0x2000) == []
+        assert block.dirty_pages(VGA) == 2
+
+    def test_whoever_protects_pages_is_told(self) -> None:
+        """Before the bits are given away, and only for ranges in which some can be."""
+        block = RamBlock.anonymous(0x4000)
+        told: list[tuple[int, int]] = []
+        undo = block.when_taken(lambda offset, size: told.append((offset, size)))
+        block.take_dirty(VGA)
+        assert told == []
+        block.mark_dirty(0, 1)
+        block.take_dirty(VGA, 0x1000, 0x2000)
+        block.take_dirty(VGA)
+        assert told == [(0x1000, 0x2000), (0, 0x4000)]
+        undo()
+        undo()
+        block.take_dirty(VGA)
+        assert len(told) == 2
+
+    def test_no_bit_is_lost_where_protecting_fails(self) -> None:
+        """The error leaves take_dirty, and the next one has all that there was."""
+        block = RamBlock.anonymous(0x4000)
+
+        def refuse(offset: int, size: int) -> None:
+            block.mark_dirty(0x2000, 1)  # meanwhile
+            raise OSError(22, "no")
+
+        block.mark_dirty(0x1000, 1)
+        undo = block.when_taken(refuse)
+        with pytest.raises(OSError, match="no"):
+            block.take_dirty(VGA)
+        undo()
+        assert block.take_dirty(VGA) == [(0x1000, 0x2000)]
+
+    @pytest.mark.parametrize(("offset", "size"), [(-1, 1), (0, -1), (0x1000, 1), (0, 0x1001)])
+    def test_out_of_range(self, offset: int, size: int) -> None:
+        """Names the range and the block; nothing is marked or taken."""
+        block = RamBlock.anonymous(0x1000, name="small")
+        with pytest.raises(RegionError, match=r"is not within .*'small'"):
+            block.mark_dirty(offset, size)
+        with pytest.raises(RegionError, match=r"is not within .*'small'"):
+            block.take_dirty(VGA, offset, size)
+
+    def test_arguments(self) -> None:
+        """A client is a DirtyClient; a bitmap begins with a page."""
+        block = RamBlock.anonymous(0x1000)
+        wrong: Any = 2
+        with pytest.raises(RegionTypeError, match="is a DirtyClient"):
+            block.take_dirty(wrong)
+        with pytest.raises(RegionTypeError, match="is a DirtyClient"):
+            block.dirty_pages(wrong)
+        with pytest.raises(RegionError, match="begins with a page"):
+            block.merge_dirty(0x10, b"\1")
+        wrong = "0"
+        with pytest.raises(RegionTypeError, match=r"offset in .* is an int"):
+            block.mark_dirty(wrong, 1)
+        wrong = None
+        with pytest.raises(RegionTypeError, match="is an int"):
+            block.mark_dirty(0, wrong)
+
+    async def test_accesses_mark_what_is_logged(self) -> None:
+        """Writes and loads, through whatever range logs them, for those who log; others not."""
+        root = MemoryRegion.container("root", 0x10000)
+        logged, other = MemoryRegion.ram("logged", 0x4000), MemoryRegion.ram("other", 0x4000)
+        logged.set_log(True, VGA)
+        root.add_subregion(0, logged)
+        root.add_subregion(0x4000, other)
+        root.add_subregion(0x8000, MemoryRegion.alias("a", logged, offset=0x2000, size=0x1000))
+        memory = MemorySystem()
+        space = memory.create_address_space("memory", root)
+        await space.write(0x3FFF, b"ab")
+        await space.write(0x8000, b"c")
+        space.load(0xFFF, b"de")
+        assert logged.block.take_dirty(VGA) == [(0, 0x4000)]
+        assert logged.block.take_dirty(MIGRATION) == []
+        assert other.block.dirty_pages(VGA) == 0
+        await memory.dirty_log_start()
+        await space.write(0x3FFF, b"ab")
+        assert logged.block.take_dirty(MIGRATION) == [(0x3000, 0x1000)]
+        assert other.block.take_dirty(MIGRATION) == [(0, 0x1000)]
+        await memory.dirty_log_stop()
+        await space.write(0x3FFF, b"ab")
+        assert other.block.dirty_pages(MIGRATION) == 0

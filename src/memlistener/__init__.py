@@ -22,7 +22,7 @@ memlistener import kvm`` is what does, and only when a VM is opened.
 """
 
 from memlistener.address_space import AddressSpace
-from memlistener.core.dirty import DirtyClient
+from memlistener.core.dirty import DirtyClient, DirtyRanges
 from memlistener.core.flatview import FlatRange, FlatView
 from memlistener.core.iommu import (
     IommuAccess,
@@ -66,6 +66,7 @@ __all__ = [
     "AddressSpace",
     "BrokenMemoryError",
     "DirtyClient",
+    "DirtyRanges",
     "FlatRange",
     "FlatView",
     "IommuAccess",

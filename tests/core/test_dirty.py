@@ -1,10 +1,18 @@
-"""Who logs writes, bit by bit."""
+"""Who logs writes, and which pages were written, bit by bit."""
 
 from __future__ import annotations
 
-import pytest
+import itertools
+from array import array
+from collections.abc import Sequence
 
-from memlistener import DirtyClient, FlatView, MemoryRegion, RegionError
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from memlistener import DirtyClient, DirtyRanges, FlatView, MemoryRegion, RegionError
+from memlistener.core.dirty import DirtyBitmap, runs
 from memlistener.core.kinds import LOG_SHIFT
 
 
@@ -66,3 +74,108 @@ def test_masks_show_in_a_view() -> None:
     assert [each.dirty_log_mask for each in FlatView.render(root)] == [1, 1, 0]
     everything = 1 << DirtyClient.MIGRATION + LOG_SHIFT
     assert [each.dirty_log_mask for each in FlatView.render(root, log_mask=everything)] == [5, 5, 0]
+
+
+# ---- bitmaps: everything against sets of page numbers --------------------------------
+
+PAGES = 200  # three words and a bit, so that all edges come up
+spans = st.tuples(st.integers(0, PAGES), st.integers(0, PAGES)).map(sorted)
+
+
+@st.composite
+def bitmaps(draw: st.DrawFn) -> tuple[int, bytes]:
+    """A bitmap and the page of its bit 0."""
+    return draw(st.integers(0, PAGES - 1)), draw(st.binary(max_size=40))
+
+
+def set_bits(bitmap: bytes | bytearray, base: int = 0) -> set[int]:
+    """The pages of a bitmap, the slow way."""
+    return {
+        base + 8 * index + bit
+        for index, byte in enumerate(bitmap)
+        for bit in range(8)
+        if byte >> bit & 1
+    }
+
+
+def pages_of(bounds: Sequence[int]) -> set[int]:
+    """The pages of runs, which have to be apart and in order."""
+    assert all(low < high for low, high in itertools.pairwise(bounds))
+    assert len(bounds) % 2 == 0
+    return {
+        page
+        for low, high in zip(bounds[::2], bounds[1::2], strict=True)
+        for page in range(low, high)
+    }
+
+
+class Bitmaps(RuleBasedStateMachine):
+    """A `DirtyBitmap` and a set of pages are the same after whatever is done to both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bitmap = DirtyBitmap(PAGES)
+        self.pages: set[int] = set()
+
+    @rule(span=spans)
+    def mark(self, span: list[int]) -> None:
+        self.bitmap.mark(*span)
+        self.pages.update(range(*span))
+
+    @rule(given=bitmaps())
+    def merge(self, given: tuple[int, bytes]) -> None:
+        first, bitmap = given
+        self.bitmap.merge(first, bitmap)
+        self.pages |= {page for page in set_bits(bitmap, first) if page < PAGES}
+
+    @rule(span=spans)
+    def take(self, span: list[int]) -> None:
+        taken = self.bitmap.take(*span)
+        wanted = self.pages & set(range(*span))
+        assert set_bits(taken, span[0] & ~7) == wanted
+        assert pages_of(runs(taken, span[0] & ~7)) == wanted
+        self.pages -= wanted
+
+    @rule(span=spans)
+    def take_and_put_back(self, span: list[int]) -> None:
+        self.bitmap.merge(span[0] & ~7, self.bitmap.take(*span))
+
+    @invariant()
+    def same(self) -> None:
+        assert self.bitmap.count() == len(self.pages)
+        assert {page for page in range(PAGES) if page in self.bitmap} == self.pages
+
+
+TestBitmaps = Bitmaps.TestCase
+
+
+@given(st.binary(max_size=40), st.integers(0, 1 << 40), st.integers(0, 3))
+def test_runs(bitmap: bytes, base: int, chunks: int) -> None:
+    """Runs are those of the bits, however long the bitmap: across the chunks too."""
+    bitmap = b"\xff" * 512 * (chunks // 2) + bytes(512) * (chunks % 2) + bitmap
+    assert pages_of(runs(bitmap, base)) == set_bits(bitmap, base)
+
+
+class TestDirtyRanges:
+    """What a client gets: a sequence of (offset, size), in bytes."""
+
+    def test_sequence(self) -> None:
+        """The last page may be a part of one."""
+        ranges = DirtyRanges(array("Q", [0, 1, 3, 5]), 0x4800)
+        assert list(ranges) == [(0, 0x1000), (0x3000, 0x1800)]
+        assert [ranges[0], ranges[-1]] == [(0, 0x1000), (0x3000, 0x1800)]
+        assert ranges[1:] == [(0x3000, 0x1800)]
+        assert len(ranges) == 2
+        assert ranges.pages == 3
+        assert ranges == [(0, 0x1000), (0x3000, 0x1800)]
+        assert ranges != []
+        assert ranges != 5
+        with pytest.raises(IndexError):
+            ranges[2]
+
+    def test_repr(self) -> None:
+        """In hex, and never a million of them."""
+        assert repr(DirtyRanges(array("Q"), 0)) == "<DirtyRanges none>"
+        many = DirtyRanges(array("Q", range(20)), 1 << 20)
+        assert repr(many).startswith("<DirtyRanges [0x0, 0x1000), [0x2000, 0x3000), ")
+        assert repr(many).endswith("... 10 ranges>")

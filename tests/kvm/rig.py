@@ -12,6 +12,7 @@ import functools
 import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 import trio
 
@@ -185,11 +186,13 @@ class Rig:
         )
 
     @contextlib.asynccontextmanager
-    async def open(self, policy: KickPolicy = KickPolicy.EVERY_COMMIT) -> AsyncIterator[Vm]:
+    async def open(
+        self, policy: KickPolicy = KickPolicy.EVERY_COMMIT, **options: Any
+    ) -> AsyncIterator[Vm]:
         """`open_vm` on the rig's kernel."""
         if self.fake is not None:
             self._index = len(self.fake.vms)
-        async with open_vm(self.space, self.io, policy=policy, backend=self.fake) as vm:
+        async with open_vm(self.space, self.io, policy=policy, backend=self.fake, **options) as vm:
             yield vm
 
     def fake_vcpu(self, vcpu: Vcpu) -> FakeVcpu:

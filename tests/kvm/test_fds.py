@@ -14,7 +14,9 @@ import pytest
 from memlistener.errors import KvmError, KvmUnavailableError
 from memlistener.kvm import x86
 from memlistener.kvm.backend import (
+    CAP_DIRTY_LOG_RING_ACQ_REL,
     CAP_IMMEDIATE_EXIT,
+    CAP_MANUAL_DIRTY_LOG_PROTECT2,
     CAP_NR_MEMSLOTS,
     EXIT_IO,
     EXIT_MMIO,
@@ -353,6 +355,57 @@ def test_dirty_log_refusals(machine: Machine) -> None:
     with pytest.raises(KvmError) as caught:
         machine.vm.get_dirty_log(7, 1)
     assert caught.value.errno == errno.ENOENT
+
+
+def test_manual_protection(machine: Machine) -> None:
+    """With it a page is reported until it is cleared, and then when it is written again."""
+    machine.vm.enable_cap(CAP_MANUAL_DIRTY_LOG_PROTECT2, 1)
+    machine.vm.set_user_memory_region(0, MEM_LOG_DIRTY_PAGES, 0, RAM_SIZE, machine.host)
+    machine.write(ENTRY, b"\xa2\x00\x20\xa2\x00\x90" + HLT)
+    pages = RAM_SIZE // 0x1000
+    for _ in range(2):
+        x86.real_mode(machine.vcpu, ENTRY)
+        assert machine.run() == 0
+        dirty = machine.vm.get_dirty_log(0, pages)
+        assert struct.unpack("<Q", dirty)[0] & 0x204 == 0x204
+        assert machine.vm.get_dirty_log(0, pages) == dirty
+        machine.vm.clear_dirty_log(0, 0, pages, dirty)
+        assert machine.vm.get_dirty_log(0, pages) == bytes(8)
+
+
+def test_clear_dirty_log_refusals(machine: Machine) -> None:
+    """The kernel's errors name the slot and the pages; a short bitmap never reaches it."""
+    with pytest.raises(ValueError, match="a bitmap of 0x1 bytes has no 0x10 pages"):
+        machine.vm.clear_dirty_log(0, 0, 16, b"\1")
+    with pytest.raises(KvmError, match=r"KVM_CLEAR_DIRTY_LOG.*slot 0x0, 0x10 pages from 0x1"):
+        machine.vm.clear_dirty_log(0, 1, 16, bytes(8))
+
+
+def test_dirty_ring() -> None:
+    """A vCPU names the pages that it writes; after a reset it names them again."""
+    with Machine(slot=False, ring_size=0x10000) as machine:
+        machine.vm.set_user_memory_region(5, MEM_LOG_DIRTY_PAGES, 0, RAM_SIZE, machine.host)
+        machine.write(ENTRY, b"\xa2\x00\x20\xa2\x00\x90" + HLT)
+        for _ in range(2):
+            x86.real_mode(machine.vcpu, ENTRY)
+            assert machine.run() == 0
+            found = machine.vcpu.collect_dirty_gfns()
+            assert {(5, 2), (5, 9)} <= set(found)
+            assert machine.vcpu.collect_dirty_gfns() == []
+            assert machine.vm.reset_dirty_rings() == len(found)
+        with pytest.raises(KvmError) as caught:
+            machine.vm.get_dirty_log(5, RAM_SIZE // 0x1000)
+        assert caught.value.errno == errno.ENXIO
+
+
+def test_no_ring(machine: Machine) -> None:
+    """Without one there is nothing to collect, and nothing to reset."""
+    assert machine.vcpu.collect_dirty_gfns() == []
+    with pytest.raises(KvmError, match="KVM_RESET_DIRTY_RINGS") as caught:
+        machine.vm.reset_dirty_rings()
+    assert caught.value.errno == errno.EINVAL
+    with pytest.raises(KvmError, match=r"KVM_ENABLE_CAP.*cap 223, 0x3"):
+        machine.vm.enable_cap(CAP_DIRTY_LOG_RING_ACQ_REL, 3)
 
 
 def test_kick_ioctls(machine: Machine) -> None:

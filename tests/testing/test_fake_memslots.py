@@ -123,16 +123,34 @@ def test_memslots_against_a_naive_model(requests: list[SlotRequest]) -> None:
         assert {slot.slot: attrs.astuple(slot) for slot in table.slots()} == model.slots
 
 
+clear_requests = st.tuples(
+    st.sampled_from([0, 1, 2, 3, 32764]),
+    st.sampled_from([0, 0, 64, 1, 128]),
+    st.sampled_from([0, 1, 2, 3, 5, 63, 64, 65]),
+)
+
+
 @pytest.mark.kvm
-@given(requests=st.lists(slot_requests, max_size=20))
-def test_memslots_against_the_real_kernel(requests: list[SlotRequest]) -> None:
+@given(
+    requests=st.lists(slot_requests, max_size=20),
+    cleared=st.lists(clear_requests, min_size=20, max_size=20),
+    log=st.sampled_from(["bitmap", "manual", "ring"]),
+)
+def test_memslots_against_the_real_kernel(
+    requests: list[SlotRequest], cleared: list[tuple[int, int, int]], log: str
+) -> None:
     """Any sequence of requests gives the real kernel's errnos, dirty logs included."""
     from memlistener.kvm.fds import Kvm
 
     def play(vm: VmHandle) -> list[int]:
         answers = []
         sizes: dict[int, int] = {}
-        for request in requests:
+        if log == "manual":
+            vm.enable_cap(backend.CAP_MANUAL_DIRTY_LOG_PROTECT2, 1)
+        if log == "ring":
+            vm.enable_cap(backend.CAP_DIRTY_LOG_RING_ACQ_REL, 0x10000)
+        for request, clear in zip(requests, cleared, strict=False):
+            answers.append(errno_of(lambda: vm.clear_dirty_log(*clear, bytes(16))))  # noqa: B023
             slot, _, _, size, _ = request
             answers.append(errno_of(lambda: vm.set_user_memory_region(*request)))  # noqa: B023
             if not answers[-1]:
@@ -140,6 +158,42 @@ def test_memslots_against_the_real_kernel(requests: list[SlotRequest]) -> None:
             length = sizes.get(slot) or 1
             if length < 1000:
                 answers.append(errno_of(lambda: vm.get_dirty_log(slot, length)))  # noqa: B023
+        return answers
+
+    with Kvm.open() as kvm, contextlib.closing(kvm.create_vm()) as real:
+        assert play(FakeKvm().create_vm()) == play(real)
+
+
+@pytest.mark.kvm
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                [
+                    backend.CAP_MANUAL_DIRTY_LOG_PROTECT2,
+                    backend.CAP_DIRTY_LOG_RING,
+                    backend.CAP_DIRTY_LOG_RING_ACQ_REL,
+                    backend.CAP_USER_MEMORY,
+                ]
+            ),
+            st.sampled_from([0, 1, 2, 3, 4, 8, 0x800, 0x1000, 0x1800, 0x10000, 1 << 20, 1 << 21]),
+        ),
+        max_size=5,
+    ),
+    st.booleans(),
+)
+def test_capabilities_against_the_real_kernel(
+    requests: list[tuple[int, int]], with_vcpu: bool
+) -> None:
+    """What can be enabled when, with which argument; and whether there are rings then."""
+    from memlistener.kvm.fds import Kvm
+
+    def play(vm: VmHandle) -> list[int]:
+        vcpu = vm.create_vcpu(0) if with_vcpu else None
+        answers = [errno_of(lambda: vm.enable_cap(*each)) for each in requests]  # noqa: B023
+        answers.append(errno_of(vm.reset_dirty_rings))
+        if vcpu is not None:
+            vcpu.close()
         return answers
 
     with Kvm.open() as kvm, contextlib.closing(kvm.create_vm()) as real:
@@ -214,3 +268,54 @@ def test_dirty_log_errors(vm: FakeVm) -> None:
     assert len(vm.get_dirty_log(0, 65)) == 16
     with pytest.raises(ValueError, match="0x41 pages, not 0x40"):
         vm.get_dirty_log(0, 64)
+
+
+def test_manual_protection(vm: FakeVm, ram: HostMemory) -> None:
+    """A page is reported again and again, until it is cleared."""
+    vm.enable_cap(backend.CAP_MANUAL_DIRTY_LOG_PROTECT2, 1)
+    vm.set_user_memory_region(0, 1, 0, 16 * PAGE, ram.address)
+    assert vcpu_with(vm, Write(0, 1, 1), Write(2 * PAGE, 1, 1)).run() == 0
+    for _ in range(2):
+        assert vm.get_dirty_log(0, 16) == (0b101).to_bytes(8, "little")
+    vm.clear_dirty_log(0, 0, 16, (0b011).to_bytes(8, "little"))
+    assert vm.get_dirty_log(0, 16) == (0b100).to_bytes(8, "little")
+    with pytest.raises(ValueError, match="has no 0x10 pages"):
+        vm.clear_dirty_log(0, 0, 16, b"\1")
+
+
+def test_ring(vm: FakeVm, ram: HostMemory) -> None:
+    """Each write to a protected page is an entry; collecting protects nothing, resetting does."""
+    vm.enable_cap(backend.CAP_DIRTY_LOG_RING_ACQ_REL, 0x1000)
+    vm.set_user_memory_region(3, 1, 0, 16 * PAGE, ram.address)
+    vcpu = vcpu_with(vm, Write(PAGE, 1, 1), Write(PAGE, 1, 1), Write(0, 1, 1))
+    assert vcpu.run() == 0
+    assert vcpu.collect_dirty_gfns() == [(3, 1), (3, 0)]
+    vcpu.load([Write(PAGE, 1, 1)])
+    assert vcpu.run() == 0
+    assert vcpu.collect_dirty_gfns() == []
+    assert vm.reset_dirty_rings() == 2
+    vcpu.load([Write(PAGE, 1, 1)])
+    assert vcpu.run() == 0
+    assert vcpu.collect_dirty_gfns() == [(3, 1)]
+
+
+def test_full_ring(vm: FakeVm, ram: HostMemory) -> None:
+    """64 entries before its end a ring is full, and the vCPU does not run before a reset."""
+    vm.enable_cap(backend.CAP_DIRTY_LOG_RING, 0x1000)
+    vm.set_user_memory_region(0, 1, 0, 16 * PAGE, ram.address)
+    # A slot that is made anew logs all of its pages anew.
+    vcpu = vcpu_with(vm)
+    for _ in range(12):
+        vcpu.load([Write(page * PAGE, 1, 1) for page in range(16)])
+        assert vcpu.run() == 0
+        vm.set_user_memory_region(0, 0, 0, 0, 0)
+        vm.set_user_memory_region(0, 1, 0, 16 * PAGE, ram.address)
+    for _ in range(2):
+        vcpu.load([Write(0, 1, 1)])
+        assert (vcpu.run(), vcpu.exit_reason) == (0, backend.EXIT_DIRTY_RING_FULL)
+    assert len(vcpu.collect_dirty_gfns()) == 192
+    assert vcpu.run() == 0
+    assert vcpu.exit_reason == backend.EXIT_DIRTY_RING_FULL
+    assert vm.reset_dirty_rings() == 192
+    assert vcpu.run() == 0
+    assert vcpu.collect_dirty_gfns() == [(0, 0)]

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:  # array[int] is a type from Python 3.12 on only
+    Functions: TypeAlias = tuple[
+        Callable[[bytearray, int, bytes | bytearray, int], None],
+        Callable[[bytes | bytearray, int], array[int]],
+    ]
 
 
-def bitmap_functions(
-    ffi: Any, lib: Any
-) -> tuple[
-    Callable[[bytearray, int, bytes | bytearray, int], None],
-    Callable[[bytes | bytearray, int], array[int]],
-]:
+def bitmap_functions(ffi: Any, lib: Any) -> Functions:
     """The arguments of `memlistener.core.dirty.accelerate`."""
 
     def or_(bits: bytearray, at: int, bitmap: bytes | bytearray, size: int) -> None:

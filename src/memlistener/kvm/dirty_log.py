@@ -242,7 +242,7 @@ class DirtyRingLog:
                 number,
                 f"the kernel makes no dirty ring of {entries} entries "
                 f"({os.strerror(number)}): give a power of two from 1,024 to "
-                f"{most // kernel.DIRTY_GFN_SIZE}",
+                f"{most // kernel.DIRTY_GFN_SIZE:,}",
             ) from error
 
     def added(self, logged: Logged) -> None:

@@ -190,6 +190,10 @@ class KvmMemoryListener(MemoryListener):
         if self._policy is KickPolicy.ON_OVERLAP and (ending or tears(ops)):
             await self._hold()
         self.dirty_log.fetch(ending)
+        for logged in ending:
+            # Under manual protection, what nobody has taken would be reported again:
+            # to clients to come, too.
+            self.dirty_log.clear(logged, 0, logged.pages)
         self._make(ops)
         for logged in self._reassigned_logs():
             logged.clients = self._clients[logged.memslot.mapping]

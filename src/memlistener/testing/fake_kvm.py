@@ -311,11 +311,12 @@ class FakeVm:
             if not offered:
                 raise kernel_error(errno.EINVAL, f"no capability {cap}")
             if cap == backend.CAP_MANUAL_DIRTY_LOG_PROTECT2:
-                if arg & ~offered:
+                # The other flag, INITIALLY_SET, is nothing without this one; nothing
+                # here wants it, so what it does is not played.
+                enable = backend.DIRTY_LOG_MANUAL_PROTECT_ENABLE
+                if arg & ~offered or (arg and not arg & enable):
                     raise kernel_error(errno.EINVAL, f"{arg:#x} is none of {offered:#x}")
-                self._state.memslots.manual_protect = bool(
-                    arg & backend.DIRTY_LOG_MANUAL_PROTECT_ENABLE
-                )
+                self._state.memslots.manual_protect = bool(arg & enable)
             elif cap in (backend.CAP_DIRTY_LOG_RING, backend.CAP_DIRTY_LOG_RING_ACQ_REL):
                 if arg & (arg - 1) or arg < max(PAGE_SIZE, _LEAST_RING):
                     raise kernel_error(errno.EINVAL, f"a ring cannot have {arg:#x} bytes")

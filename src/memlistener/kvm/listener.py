@@ -47,6 +47,7 @@ class KvmMemoryListener(MemoryListener):
         policy: When to hold them.
         limit: How many slots the kernel has; None to ask it.
         max_slot: Most bytes in one slot.
+        name: The address space's, for instruments.
     """
 
     priority = ListenerPriority.ACCEL
@@ -59,7 +60,9 @@ class KvmMemoryListener(MemoryListener):
         *,
         limit: int | None = None,
         max_slot: int = MAX_SLOT_BYTES,
+        name: str = "memory",
     ) -> None:
+        self._name = name
         self._vm = vm
         self._gate = gate
         self._policy = policy
@@ -184,7 +187,7 @@ class KvmMemoryListener(MemoryListener):
 
     async def _hold(self) -> None:
         if not self._holding:  # after a failed commit they still are
-            await self._gate.hold()
+            await self._gate.hold(self._name)
             self._stopped_at = time.perf_counter_ns()
             self._holding = True
             self.brackets += 1
@@ -265,12 +268,18 @@ class KvmMemoryListener(MemoryListener):
         done.append(op)
 
     def _ioctl(self, op: SlotOp) -> None:
+        tell = self._gate.instruments.ioctl
+        began = 0 if tell is None else time.perf_counter_ns()
+        number = 0
         try:
             self._vm.set_user_memory_region(*op.arguments())
         except OSError as error:
+            number = error.errno or errno.EIO
             raise self._explained(op, error) from error
         finally:
             self.ioctls += 1
+            if tell is not None:
+                tell("KVM_SET_USER_MEMORY_REGION", op, began, time.perf_counter_ns(), number)
         self._table.apply(op)
 
     def _explained(self, op: SlotOp, error: OSError) -> MemslotError:

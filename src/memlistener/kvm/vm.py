@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
 
 import attrs
 import trio
@@ -11,6 +12,7 @@ import trio
 from memlistener.address_space import AddressSpace
 from memlistener.bracket import MIN_RUN, Gate, GateStatistics, Holding
 from memlistener.errors import KvmUnavailableError, RegionError
+from memlistener.instrument import Instrument
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.listener import KvmMemoryListener
 from memlistener.kvm.policy import KickPolicy
@@ -43,6 +45,11 @@ class VmStatistics:
     holes: int
     unassigned: int
     vcpus: tuple[VcpuStatistics, ...]
+
+    @property
+    def exits(self) -> dict[str, int]:
+        """How many exits by reason, over all vCPUs."""
+        return dict(sum((Counter(each.exits) for each in self.vcpus), Counter[str]()))
 
 
 class Vm:
@@ -128,7 +135,23 @@ class Vm:
 
         A hold on the gate that brackets use: nests with them and with itself.
         """
-        return self._gate.holding()
+        return self._gate.holding("paused")
+
+    def add_instrument(self, instrument: Instrument) -> None:
+        """From now on ``instrument`` watches this VM. Nothing happens where it does.
+
+        Raises:
+            TypeError: It is no `memlistener.Instrument`, or has a hook that is ``async``.
+        """
+        self._gate.instruments.add(instrument)
+
+    def remove_instrument(self, instrument: Instrument) -> None:
+        """``instrument`` watches no longer. A hook under way on a vCPU's thread still ends.
+
+        Raises:
+            KeyError: It was not added, or was removed because it raised.
+        """
+        self._gate.instruments.remove(instrument)
 
     def statistics(self) -> VmStatistics:
         """What the VM has done so far."""
@@ -168,6 +191,7 @@ async def open_vm(
     *,
     policy: KickPolicy = KickPolicy.EVERY_COMMIT,
     backend: kernel.KvmBackend | None = None,
+    instruments: Iterable[Instrument] = (),
 ) -> AsyncIterator[Vm]:
     """A virtual machine that has ``space`` for its memory, until the block ends.
 
@@ -180,6 +204,7 @@ async def open_vm(
         policy: When vCPUs are held.
         backend: What plays the kernel: a `memlistener.testing.FakeKvm`. None
             for /dev/kvm.
+        instruments: Who watches, from the first ioctl on.
 
     Raises:
         KvmUnavailableError: /dev/kvm cannot be used; says why and the mend.
@@ -199,12 +224,14 @@ async def open_vm(
             kvm = backend
         handle = stack.enter_context(contextlib.closing(kvm.create_vm()))
         gate = Gate(min_run=getattr(kvm, "min_run", MIN_RUN))
-        listener = KvmMemoryListener(handle, gate, policy)
+        for each in instruments:
+            gate.instruments.add(each)
+        listener = KvmMemoryListener(handle, gate, policy, name=space.name)
         # Whatever happens from here on, memory is not to talk to a closed VM.
         stack.callback(listener.detach, space)
         await space.memory.register(listener, space)
         # A torn map is not run on (T13).
-        stack.callback(space.memory.when_broken(lambda _: gate.hold_nowait()))
+        stack.callback(space.memory.when_broken(lambda _: gate.hold_nowait("broken")))
         vm = Vm(handle, space, io, gate, listener)
         stack.push_async_callback(vm._close)
         yield vm

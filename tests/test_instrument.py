@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import signal
 import threading
 from typing import Any
 
+import attrs
 import pytest
 import trio
 
@@ -135,6 +137,27 @@ def test_all_are_told_in_the_order_they_were_added() -> None:
     assert instruments.begin is not None
     instruments.begin("memory", 1, 2)
     assert order == ["first", "second", "second"]
+
+
+def test_instruments_are_told_apart_by_identity() -> None:
+    """Those that are equal, and have no hash, are two all the same."""
+
+    @attrs.define
+    class Count(Instrument):
+        count: int = 0
+
+        def resumed(self, at: int) -> None:
+            self.count += 1
+
+    instruments, first, second = Instruments(), Count(), Count()
+    assert first == second
+    instruments.add(first)
+    instruments.add(second)
+    assert instruments.resumed is not None
+    instruments.resumed(1)
+    instruments.remove(first)
+    instruments.resumed(2)
+    assert (first.count, second.count) == (1, 2)
 
 
 def test_removing_a_stranger_says_so() -> None:
@@ -406,3 +429,32 @@ async def test_a_vcpu_survives_its_instrument(caplog: pytest.LogCaptureFixture) 
     (record,) = caplog.records
     assert record.threadName == "vcpu 3"
     assert gate.instruments.exit is None
+
+
+@pytest.mark.parametrize("hook", ["begin", "resumed", "served"])
+def test_ctrl_c_is_nobody_s_error(hook: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Pressed while a hook runs on trio's thread, it ends the program, not the instrument."""
+    instrument = Instrument()
+    here = threading.get_ident()
+    pressed: list[str] = []
+
+    def press(*_: object) -> None:
+        if threading.get_ident() == here:
+            pressed.append(hook)
+            signal.raise_signal(signal.SIGINT)
+
+    setattr(instrument, hook, press)
+    gate = Gate()
+    gate.instruments.add(instrument)
+
+    async def main() -> None:
+        async with gate.holding():
+            pass
+        await run_steps(gate)
+        await trio.lowlevel.checkpoint()
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(main)
+    assert pressed
+    assert caplog.records == []
+    assert getattr(gate.instruments, hook) is not None

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 _log = logging.getLogger("memlistener.instrument")
 
 Where: TypeAlias = Literal["thread", "trio"]
-"""Who served an access: the vCPU's own thread, or the task in ``vcpu.run()``."""
+"""Who served an access, the vCPU's own thread or the task in ``vcpu.run()``."""
 
 
 class Instrument:
@@ -133,7 +133,8 @@ class Instruments:
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()  # an instrument may fail on any thread
-        self._all: dict[Instrument, dict[str, Tell]] = {}
+        # By identity: those made with attrs or as dataclasses have no hash.
+        self._all: dict[int, tuple[Instrument, dict[str, Tell]]] = {}
         self._find()
 
     def add(self, instrument: Instrument) -> None:
@@ -144,7 +145,7 @@ class Instruments:
         """
         overridden = _overridden(instrument)
         with self._mutex:
-            self._all.setdefault(instrument, overridden)
+            self._all.setdefault(id(instrument), (instrument, overridden))
             self._find()
 
     def remove(self, instrument: Instrument) -> None:
@@ -154,18 +155,18 @@ class Instruments:
             KeyError: It is not there.
         """
         with self._mutex:
-            if instrument not in self._all:
+            if id(instrument) not in self._all:
                 raise KeyError(
                     f"{instrument!r} is no instrument of this VM: it was not added, or has been "
                     f"removed since, by you or because it raised"
                 )
-            del self._all[instrument]
+            del self._all[id(instrument)]
             self._find()
 
     def _find(self) -> None:
         """Find out again who overrides what."""
         for name in _HOOKS:
-            calls = tuple((i, hooks[name]) for i, hooks in self._all.items() if name in hooks)
+            calls = tuple((i, hooks[name]) for i, hooks in self._all.values() if name in hooks)
             setattr(self, name, self._teller(name, calls) if calls else None)
 
     def _teller(self, name: str, calls: tuple[tuple[Instrument, Tell], ...]) -> Tell:
@@ -180,7 +181,7 @@ class Instruments:
 
     def _failed(self, instrument: Instrument, name: str, error: BaseException) -> None:
         with self._mutex:
-            self._all.pop(instrument, None)  # another thread may have been quicker
+            self._all.pop(id(instrument), None)  # another thread may have been quicker
             self._find()
         _log.error("%r raised in %s() and is removed", instrument, name, exc_info=error)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import shutil
 import statistics
 import subprocess
@@ -36,7 +37,8 @@ from benchmarks.measure import (
     p99,
     ratio,
 )
-from memlistener import MemoryRegion, MemoryRegionOps, MemorySystem, MemTxAttrs, kvm
+from memlistener import Instrument, MemoryRegion, MemoryRegionOps, MemorySystem, MemTxAttrs, kvm
+from memlistener.trace import TraceInstrument
 
 _HALF = 0x8000
 _SPLIT_AT = 0x10000  # the slot that is split and merged: two halves from here
@@ -110,11 +112,16 @@ class Rig:
         self.io = None if io is None else self.memory.create_address_space("io", io)
 
     @asynccontextmanager
-    async def running(self, count: int, program: bytes) -> AsyncIterator[kvm.Vm]:
+    async def running(
+        self, count: int, program: bytes, instruments: Sequence[Instrument] = ()
+    ) -> AsyncIterator[kvm.Vm]:
         """``count`` vCPUs in the guest."""
         code = self.fixed.block.view
         code[_CODE : _CODE + len(program)] = program
-        async with kvm.open_vm(self.space, self.io) as vm, trio.open_nursery() as nursery:
+        async with (
+            kvm.open_vm(self.space, self.io, instruments=instruments) as vm,
+            trio.open_nursery() as nursery,
+        ):
             for _ in range(count):
                 vcpu = await vm.create_vcpu()
                 start_guest(vcpu)
@@ -132,14 +139,14 @@ def start_guest(vcpu: kvm.Vcpu) -> None:
     vcpu.set_sregs(special)
 
 
-def _ours(vcpus: int, count: int, pause: float) -> Ns:
+def _ours(vcpus: int, count: int, pause: float, instruments: Sequence[Instrument] = ()) -> Ns:
     """Transactions of three ioctls each."""
     taken: Ns = []
 
     async def main() -> None:
         rig = Rig()
         clock = time.perf_counter_ns
-        async with rig.running(vcpus, _READING) as vm:
+        async with rig.running(vcpus, _READING, instruments) as vm:
             ioctls, brackets = vm.statistics().memslot_ioctls, vm.statistics().brackets
             for index in range(count):
                 began = clock()
@@ -259,14 +266,14 @@ class AsyncPort(MemoryRegionOps):
         self.count += 1
 
 
-def _per_exit(port: Any, seconds: float) -> float:
+def _per_exit(port: Any, seconds: float, instruments: Sequence[Instrument] = ()) -> float:
     """Nanoseconds from one OUT to the next."""
     found: list[float] = []
 
     async def main() -> None:
         io = MemoryRegion.container("io", 0x10000)
         io.add_subregion(_PORT, MemoryRegion.io("port", 8, port))
-        async with Rig(io).running(1, _WRITING):
+        async with Rig(io).running(1, _WRITING, instruments):
             count, began = port.count, time.perf_counter_ns()
             await trio.sleep(seconds)
             took = time.perf_counter_ns() - began
@@ -294,6 +301,47 @@ def pio(settings: Settings) -> list[Figure]:
         *(figure(f"PIO exit: {name}", samples, n=1) for name, samples in taken.items()),
         *(ratio(f"PIO exit: {name} to C", taken[name], taken["C"], n=1) for name in ports),
     ]
+
+
+# ---- instruments -------------------------------------------------------------------
+
+
+def _listening() -> Instrument:
+    """Overrides every hook, and does nothing in them: what the calls cost."""
+    instrument = Instrument()
+    for hook in ("begin", "kicked", "quiesced", "ioctl", "resumed", "exit", "served"):
+        setattr(instrument, hook, lambda *_: None)
+    return instrument
+
+
+def instruments(settings: Settings) -> list[Figure]:
+    """Exits and brackets unwatched, with all hooks overridden, and with a trace written."""
+    _need_kvm()
+    exits: dict[str, Ns] = {}
+    brackets: dict[str, Ns] = {}
+    for _ in range(1 if settings.quick else 7):
+        with open(os.devnull, "w") as sink:
+            watchers: dict[str, list[Instrument]] = {
+                "none": [],
+                "all hooks, empty": [_listening()],
+                "TraceInstrument": [TraceInstrument(sink)],
+            }
+            for name, watching in watchers.items():
+                exits.setdefault(name, []).append(
+                    _per_exit(Port(thread_safe=True), 0.05 if settings.quick else 0.3, watching)
+                )
+                brackets.setdefault(name, []).extend(
+                    _ours(1, settings.samples(300), _PAUSE, watching)
+                )
+    found = []
+    for what, taken in (("PIO exit, thread-safe ops", exits), ("bracket, spaced", brackets)):
+        found += [figure(f"{what}: {name}", samples, n=1) for name, samples in taken.items()]
+        found += [
+            ratio(f"{what}: {name} to none", samples, taken["none"], n=1)
+            for name, samples in taken.items()
+            if name != "none"
+        ]
+    return found
 
 
 # ---- policies ----------------------------------------------------------------------
@@ -366,4 +414,10 @@ def policies(settings: Settings) -> list[Figure]:
     return found
 
 
-BENCHMARKS: Benchmarks = {"bracket": bracket, "kick": kick, "pio": pio, "policies": policies}
+BENCHMARKS: Benchmarks = {
+    "bracket": bracket,
+    "kick": kick,
+    "pio": pio,
+    "instruments": instruments,
+    "policies": policies,
+}

@@ -55,6 +55,9 @@ class Toy:
             raise step
         return False
 
+    def last_exit(self) -> tuple[str, int | None]:
+        return "Toy", 0x70
+
     def handle(self) -> object:
         self.threads.add(threading.get_ident())
         step = self.steps.popleft() if self.steps else "end"

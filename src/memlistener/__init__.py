@@ -8,6 +8,7 @@ core                   pure and synchronous: regions, views, events, access rule
 ram                    RamBlock: host memory
 listener, dispatch     who hears of changes; an access -> a region's ops
 bracket                the gate that holds vCPUs while memory changes
+instrument, trace      who watches brackets and exits; what they show in Perfetto
 memory                 MemorySystem and transactions; its parts: address_space,
                        pending (what a transaction gathered), delivery (telling
                        listeners, and taking it back), dirty_log
@@ -49,6 +50,7 @@ from memlistener.errors import (
     UnassignedAccessError,
     VcpuBusyError,
 )
+from memlistener.instrument import Instrument
 from memlistener.iommu import (
     notify_iommu,
     register_iommu_notifier,
@@ -69,6 +71,7 @@ __all__ = [
     "DirtyRanges",
     "FlatRange",
     "FlatView",
+    "Instrument",
     "IommuAccess",
     "IommuEvent",
     "IommuNotifier",

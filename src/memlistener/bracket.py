@@ -46,6 +46,7 @@ import attrs
 import trio
 
 from memlistener.histogram import Histogram
+from memlistener.instrument import Instruments
 
 _log = logging.getLogger("memlistener.bracket")
 
@@ -80,6 +81,7 @@ class Pass:
     __slots__ = (
         "_clear_kick",
         "_describe",
+        "_instruments",
         "_kick",
         "_missed",
         "_owed",
@@ -97,7 +99,8 @@ class Pass:
         name: str,
         kick: Callable[[], None],
         clear_kick: Callable[[], None],
-        describe: Callable[[], str] = lambda: "in guest code",
+        describe: Callable[[], str],
+        instruments: Instruments,
     ) -> None:
         """Use `Gate.add`."""
         self.name = name
@@ -107,6 +110,7 @@ class Pass:
         self._kick = kick
         self._clear_kick = clear_kick
         self._describe = describe
+        self._instruments = instruments
         self._stopping = False
         self._owed = False
         self._missed = 0
@@ -117,7 +121,13 @@ class Pass:
     def kick(self) -> None:
         """Ask it to come out. Never blocks, cannot be lost, may come late."""
         self.kicks += 1
+        tell = self._instruments.kicked
+        if tell is None:
+            self._kick()
+            return
+        at = time.perf_counter_ns()
         self._kick()
+        tell(self.name, at)
 
     def describe(self) -> str:
         """The name, and what it is doing as far as is known."""
@@ -186,6 +196,9 @@ class Gate:
         patience: How many brackets in a row may find a stopped vCPU still on its
             way back in, before one waits for it. 0: every bracket waits for all.
         min_run: Nanoseconds that a vCPU is left inside at least.
+
+    Attributes:
+        instruments: Who watches it, and what happens around it.
     """
 
     def __init__(
@@ -195,6 +208,7 @@ class Gate:
         patience: int = PATIENCE,
         min_run: int = MIN_RUN,
     ) -> None:
+        self.instruments = Instruments()
         self._mutex = threading.Lock()
         self._deadline = deadline
         self._patience = patience
@@ -206,6 +220,8 @@ class Gate:
         self._owed = 0
         self._waiters_out: list[_Waiter] = []
         self._waiters_owed: list[_Waiter] = []
+        self._kicked_at = 0  # in this bracket, the first; 0: nobody was inside
+        self._quiesced = False  # instruments know that nobody is inside
         self._waits = Histogram()
         self._turns = Histogram()
         self._hold_count = 0
@@ -253,7 +269,7 @@ class Gate:
                 thread, just before it goes inside.
             describe: Says what the vCPU is doing, for the warning of rule B8.
         """
-        each = Pass(name, kick, clear_kick, describe)
+        each = Pass(name, kick, clear_kick, describe, self.instruments)
         with self._mutex:
             self._passes[each] = None
         return each
@@ -392,26 +408,31 @@ class Gate:
 
     # ---- the bracket ------------------------------------------------------------------
 
-    def holding(self) -> Holding:
+    def holding(self, reason: str = "hold") -> Holding:
         """`hold` and `release` as an async context manager."""
-        return Holding(self)
+        return Holding(self, reason)
 
     @trio.lowlevel.enable_ki_protection
-    async def hold(self) -> None:
+    async def hold(self, reason: str = "hold") -> None:
         """Close the gate and wait until every vCPU is outside.
 
         Holds are counted (rule B4): each needs its own `release`. Where the
         caller is cancelled while waiting, its hold is taken back.
+
+        Args:
+            reason: For instruments.
         """
-        if self._owed:
-            await self._let_run()
+        waited = await self._let_run() if self._owed else 0
         with self._mutex:
             self._close()
             self._hold_count += self._holds == 1
             inside = self._all_inside()
+        self._tell_begin(reason, waited)
         if not inside:
+            self._tell_quiesced()
             return
         began = time.perf_counter_ns()
+        self._kicked_at = self._kicked_at or began
         try:
             for each in inside:
                 each.kick()
@@ -427,13 +448,17 @@ class Gate:
             self.release()
             raise
         self._waits.add(time.perf_counter_ns() - began)
+        self._tell_quiesced()
 
     @trio.lowlevel.enable_ki_protection
-    def hold_nowait(self) -> None:
+    def hold_nowait(self, reason: str = "hold") -> None:
         """Close the gate and kick those inside, without waiting until they are out."""
         with self._mutex:
             self._close()
             inside = self._all_inside()
+        self._tell_begin(reason, 0)
+        if inside:
+            self._kicked_at = self._kicked_at or time.perf_counter_ns()
         for each in inside:
             each.kick()
 
@@ -446,11 +471,29 @@ class Gate:
             waiter.wake()
         self._waiters_owed.clear()
 
+    def _tell_begin(self, reason: str, waited: int) -> None:
+        if self._holds == 1:  # holds and releases are trio's thread's: it is this one
+            self._kicked_at = 0
+            self._quiesced = False
+            tell = self.instruments.begin
+            if tell is not None:
+                tell(reason, time.perf_counter_ns(), waited)
+
+    def _tell_quiesced(self) -> None:
+        if not self._quiesced:  # two holds may have waited for it
+            self._quiesced = True
+            tell = self.instruments.quiesced
+            if tell is not None:
+                at = time.perf_counter_ns()
+                tell(at, at - self._kicked_at if self._kicked_at else 0)
+
     @trio.lowlevel.enable_ki_protection
     def release(self) -> None:
         """Take back one hold; the last one lets the vCPUs back in."""
+        tell = self.instruments.resumed
         with self._mutex:
             assert self._holds, "release() without hold()"
+            at = 0 if tell is None else time.perf_counter_ns()  # nobody is inside yet
             self._holds -= 1
             if self._holds:
                 return
@@ -461,14 +504,20 @@ class Gate:
                 self._owe(each)
             for each in parked:
                 each._parking.release()
+        if tell is not None:
+            tell(at)
 
     def _all_inside(self) -> list[Pass]:
         return [each for each in tuple(self._passes) if each.inside] if self._inside else []
 
-    async def _let_run(self) -> None:
-        """Rule B14: whom the last bracket stopped goes in before the next one."""
+    async def _let_run(self) -> int:
+        """Rule B14: whom the last bracket stopped goes in before the next one.
+
+        Returns:
+            How long that took, in ns.
+        """
         if self._holds:  # inside another hold nobody can go in
-            return
+            return 0
         began = now = time.perf_counter_ns()
         while self._owed and now - began < _LOOK_ON:
             time.sleep(0)  # gives the GIL away, and keeps the CPU
@@ -479,7 +528,9 @@ class Gate:
             last = max((each.entered_at for each in self._passes if each.inside), default=0)
         while time.perf_counter_ns() - last < self._min_run:
             time.sleep(0)
-        self._turns.add(time.perf_counter_ns() - began)
+        waited = time.perf_counter_ns() - began
+        self._turns.add(waited)
+        return waited
 
     async def _wait_for_those_who_missed(self) -> None:
         """Wait until all have been inside, if one of them has missed too many turns."""
@@ -522,15 +573,16 @@ class Gate:
 class Holding:
     """``async with gate.holding():`` no vCPU is inside."""
 
-    __slots__ = ("_gate",)
+    __slots__ = ("_gate", "_reason")
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, reason: str) -> None:
         """Use `Gate.holding`."""
         self._gate = gate
+        self._reason = reason
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> None:
-        await self._gate.hold()
+        await self._gate.hold(self._reason)
 
     @trio.lowlevel.enable_ki_protection
     async def __aexit__(self, *_: object) -> None:

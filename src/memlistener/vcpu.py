@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ import trio
 
 from memlistener.bracket import Gate, Pass
 from memlistener.errors import VcpuBusyError
+from memlistener.instrument import Where
 
 
 @attrs.frozen
@@ -59,6 +61,13 @@ class Backend(Protocol):
 
     def clear_kick(self) -> None:
         """Forget a kick that came when nobody was inside."""
+        ...
+
+    def last_exit(self) -> tuple[str, int | None]:
+        """Why `enter` has returned, and for an access its address: for instruments.
+
+        Called on the same thread before `handle`, where it was not merely kicked.
+        """
         ...
 
     def handle(self) -> object:
@@ -218,11 +227,20 @@ class VcpuRunner:
 
     async def _serve(self, pending: Serve) -> None:
         self._serving = True
+        began = 0 if self._gate.instruments.served is None else time.perf_counter_ns()
         try:
             await pending.call()
         finally:
             self._serving = False
         self._pending = None
+        if began:
+            self._tell_served("trio", began)
+
+    @trio.lowlevel.enable_ki_protection
+    def _tell_served(self, where: Where, began: int) -> None:
+        tell = self._gate.instruments.served
+        if tell is not None:
+            tell(self.name, where, began, time.perf_counter_ns())
 
     @trio.lowlevel.enable_ki_protection
     async def _work(self) -> None:
@@ -308,16 +326,26 @@ class VcpuRunner:
 
     def _execute(self) -> object:
         gate, mine, backend = self._gate, self._pass, self._backend
+        instruments = gate.instruments
         while gate.enter(mine):
             kicked = False
+            left = 0
             try:
                 kicked = backend.enter()
+                if instruments.exit is not None:
+                    left = time.perf_counter_ns()  # before the gate knows: no bracket yet
             finally:
                 gate.leave(mine, returning=kicked)
+            if left and (tell := instruments.exit) is not None:
+                reason, addr = ("kicked", None) if kicked else backend.last_exit()
+                tell(self.name, reason, addr, mine.entered_at, left)
             if not kicked:
+                began = 0 if instruments.served is None else time.perf_counter_ns()
                 todo = backend.handle()
                 if todo is not None:
                     return todo
+                if began:
+                    self._tell_served("thread", began)
         return _STOPPED
 
     def _report(self, outcome: object) -> None:

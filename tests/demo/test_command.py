@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.chrome_trace import Trace, torn
 from tests.command import ENVIRONMENT, LONG_ENOUGH, memlistener
 
 
@@ -74,10 +76,58 @@ def test_on_kvm() -> None:
     assert json.loads(done.stdout)["backend"] == "kvm"
 
 
-@pytest.mark.parametrize("backend", [pytest.param("kvm", marks=pytest.mark.kvm), "fake"])
-def test_ctrl_c_ends_it_with_the_table(backend: str) -> None:
-    """Exit status 130, what was done so far, no traceback."""
-    arguments = ["demo", "--seconds", "50", *(["--fake"] if backend == "fake" else [])]
+BACKENDS = pytest.mark.parametrize("backend", [pytest.param("kvm", marks=pytest.mark.kvm), "fake"])
+
+
+@BACKENDS
+def test_trace_shows_the_run(backend: str, tmp_path: Path) -> None:
+    """Every bracket with its ioctls, and no vCPU in the guest meanwhile; stdout as without."""
+    path = tmp_path / "trace.json"
+    done = memlistener(
+        *("demo", "--transactions", "50", "--json", "--trace", str(path)),
+        *(["--fake"] if backend == "fake" else []),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["transactions"] == 50
+    assert f"The trace is in {path}: open it with https://ui.perfetto.dev" in done.stderr
+    trace = Trace(path.read_text(encoding="utf-8"))
+    trace.check()
+    brackets = trace.brackets()
+    assert len(brackets) == 51  # one made the first map
+    assert all(each.ioctls for each in brackets)
+    assert sum(len(each.ioctls) for each in brackets) == len(trace.ioctls)
+    assert sorted(trace.vcpus) == ["vcpu 0", "vcpu 1"]
+    assert torn(trace, [each.quiet for each in brackets]) == []
+
+
+def test_trace_that_cannot_be_written(tmp_path: Path) -> None:
+    """A usage error that says why, before anything runs."""
+    for path in (tmp_path / "nowhere" / "trace.json", tmp_path):
+        done = memlistener("demo", "--fake", "--seconds", "50", "--trace", str(path))
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert "'--trace'" in done.stderr
+        assert str(path) in done.stderr
+        assert "No such file or directory" in done.stderr or "is a directory" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk without room")
+def test_trace_on_a_full_disk() -> None:
+    """The run goes on and its result is printed; the status says that something is missing."""
+    done = memlistener(
+        *("demo", "--fake", "--transactions", "100", "--json", "--trace", "/dev/full")
+    )
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["transactions"] == 100
+    assert "The trace in /dev/full is not complete: [Errno 28]" in done.stderr
+
+
+@BACKENDS
+def test_ctrl_c_ends_it_with_the_table(backend: str, tmp_path: Path) -> None:
+    """Exit status 130, what was done so far, no traceback, and a trace that has an end."""
+    path = tmp_path / "trace.json"
+    arguments = ["demo", "--seconds", "50", "--trace", str(path)]
+    arguments += ["--fake"] if backend == "fake" else []
     process = subprocess.Popen(
         [sys.executable, "-m", "memlistener", *arguments],
         env=ENVIRONMENT,
@@ -98,4 +148,5 @@ def test_ctrl_c_ends_it_with_the_table(backend: str) -> None:
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "Interrupted." in output
+    assert Trace(path.read_text(encoding="utf-8")).brackets()
     assert time.monotonic() - began < 10

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import trio
 
-from memlistener import kvm
+from memlistener import Instrument, kvm
 from memlistener.demo import scenario
 from memlistener.demo.guest import CPUS, Cpu, word
 from memlistener.demo.report import Result, WrongValue
@@ -119,6 +119,20 @@ async def test_scripted_guest_sees_the_map_torn_without_brackets() -> None:
     )
     assert result.holes > 0
     assert result.exit_status == 1
+
+
+async def test_instruments_are_told() -> None:
+    """From the first map on."""
+
+    class Count(Instrument):
+        brackets = 0
+
+        def resumed(self, at: int) -> None:
+            self.brackets += 1
+
+    count = Count()
+    result = await run(Options(seconds=None, transactions=5, fake=True, instruments=(count,)))
+    assert count.brackets == result.brackets + 1
 
 
 async def test_time_limit() -> None:

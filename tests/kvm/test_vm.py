@@ -636,6 +636,6 @@ async def test_statistics(rig: Rig) -> None:
         after = vm.statistics()
         assert (after.brackets, after.memslot_ioctls, after.memslots) == (2, 5, 3)
         assert 0 < after.stopped_median <= after.stopped_max < LONG_ENOUGH
-        assert after.vcpus[0].exits == {"Hlt": 1}
+        assert after.vcpus[0].exits == after.exits == {"Hlt": 1}
         assert vm.space is rig.space
         assert vm.io is rig.io

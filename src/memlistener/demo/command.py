@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from memlistener.demo.guest import CPUS, MAX_VCPUS
 from memlistener.demo.progress import Display
 from memlistener.demo.report import Result
 from memlistener.demo.windows import KINDS
+from memlistener.trace import TraceInstrument
 
 _SECONDS = 5.0
+_MISSING = 2  # exit status: something needed is, here room on a disk
 
 _HELP = "\n".join(
     [
@@ -82,6 +85,12 @@ _HELP = "\n".join(
 )
 @click.option("--fake", is_flag=True, help="Scripted vCPUs on a fake kernel, even where KVM works.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write there what brackets and vCPUs did, for https://ui.perfetto.dev.",
+)
 @click.pass_context
 def demo(
     context: click.Context,
@@ -93,8 +102,10 @@ def demo(
     transactions: int | None,
     fake: bool,
     as_json: bool,
+    trace: str | None,
 ) -> None:
     """Run the scenario, show how it goes, print what came of it."""
+    watching = None if trace is None else _Trace(trace)
     if not fake:
         available = kvm.available()
         if not available:
@@ -111,8 +122,12 @@ def demo(
         policy=kvm.KickPolicy(policy),
         cpu=cpu,
         fake=fake,
+        instruments=() if watching is None else (watching.instrument,),
     )
-    with Display(Console(stderr=True), options) as display:
+    with contextlib.ExitStack() as stack:
+        if watching is not None:
+            stack.callback(watching.close)
+        display = stack.enter_context(Display(Console(stderr=True), options))
         result = trio.run(_run_until_signalled, options, display.update)
     if as_json:
         click.echo(json.dumps(result.as_json(), indent=2))
@@ -121,7 +136,38 @@ def demo(
         output.print(result.heading, style="bold")
         output.print(result.as_table())
         output.print(result.verdict, style="green" if not result.exit_status else "red")
+    if watching is not None:
+        if watching.error is not None:
+            click.echo(f"The trace in {trace} is not complete: {watching.error}", err=True)
+            context.exit(result.exit_status or _MISSING)
+        click.echo(f"The trace is in {trace}: open it with https://ui.perfetto.dev", err=True)
     context.exit(result.exit_status)
+
+
+class _Trace:
+    """The file that --trace names, and what fills it.
+
+    Raises:
+        click.BadParameter: It cannot be written.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+            self.instrument = TraceInstrument(self._file)
+        except OSError as error:
+            raise click.BadParameter(
+                f"{path!r} cannot be written: {error.strerror}", param_hint="'--trace'"
+            ) from error
+        self.error: OSError | None = None
+
+    def close(self) -> None:
+        """The run is over. What cannot be written is no reason to lose its result."""
+        try:
+            with self._file:
+                self.instrument.close()
+        except OSError as error:
+            self.error = error
 
 
 async def _run_until_signalled(

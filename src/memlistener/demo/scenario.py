@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import attrs
 import trio
 
-from memlistener import AddressSpace, MemoryRegion, MemorySystem, kvm
+from memlistener import AddressSpace, Instrument, MemoryRegion, MemorySystem, kvm
 from memlistener.demo.guest import (
     CODE,
     CPUS,
@@ -59,6 +59,7 @@ class Options:
         policy: When vCPUs are held.
         cpu: A name of `CPUS`.
         fake: Run the scripted vCPUs of `FakeKvm` instead of real ones.
+        instruments: Who watches.
     """
 
     seconds: float | None = 5.0
@@ -73,6 +74,7 @@ class Options:
     policy: kvm.KickPolicy = kvm.KickPolicy.EVERY_COMMIT
     cpu: str = attrs.field(default="protected", validator=attrs.validators.in_(CPUS))
     fake: bool = False
+    instruments: tuple[Instrument, ...] = ()
 
 
 class Machine(Protocol):
@@ -121,7 +123,12 @@ async def run(
     memory = MemorySystem()
     space = memory.create_address_space("memory", system)
     machine: Machine = ScriptedMachine(work) if options.fake else _RealMachine(cpu)
-    async with kvm.open_vm(space, policy=options.policy, backend=machine.backend) as vm:
+    async with kvm.open_vm(
+        space,
+        policy=options.policy,
+        backend=machine.backend,
+        instruments=options.instruments,
+    ) as vm:
         guests = [
             _Guest(await vm.create_vcpu(), machine, space, work) for _ in range(options.vcpus)
         ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import attrs
 
@@ -65,8 +65,24 @@ class Logged:
         return self.memslot.memory_size // DIRTY_PAGE_SIZE
 
 
+@attrs.frozen
+class DirtyLogsOf:
+    """What a fetch inside a bracket was for, to tell instruments."""
+
+    slots: tuple[Memslot, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.slots))
+
+
 class DirtyLog(Protocol):
-    """What each of the three does."""
+    """What each of the three does.
+
+    Attributes:
+        ioctl: The name of the ioctl that fetches.
+    """
+
+    ioctl: ClassVar[str]
 
     def added(self, logged: Logged) -> None:
         """A slot logs from now on."""
@@ -108,6 +124,8 @@ class DirtyBitmapLog:
         vm: The VM's handle.
         manual: Whether to use KVM_CLEAR_DIRTY_LOG.
     """
+
+    ioctl: ClassVar = "KVM_GET_DIRTY_LOG"
 
     def __init__(self, vm: kernel.VmHandle, *, manual: bool) -> None:
         self.manual = manual
@@ -220,6 +238,8 @@ class DirtyRingLog:
     Raises:
         KvmUnavailableError: The kernel has no dirty ring, or none so large.
     """
+
+    ioctl: ClassVar = "KVM_RESET_DIRTY_RINGS"
 
     def __init__(self, vm: kernel.VmHandle, *, entries: int) -> None:
         self._vm = vm

@@ -32,7 +32,7 @@ from memlistener.core.kinds import RegionKind
 from memlistener.errors import KvmError, MemslotError
 from memlistener.histogram import Histogram
 from memlistener.kvm import backend as kernel
-from memlistener.kvm.dirty_log import DirtyBitmapLog, DirtyLog, Logged
+from memlistener.kvm.dirty_log import DirtyBitmapLog, DirtyLog, DirtyLogsOf, Logged
 from memlistener.kvm.policy import KickPolicy
 from memlistener.kvm.slots import (
     MAX_SLOT_BYTES,
@@ -67,6 +67,7 @@ class KvmMemoryListener(MemoryListener):
         dirty_log: How dirty bits are fetched; None for KVM_GET_DIRTY_LOG.
         limit: How many slots the kernel has; None to ask it.
         max_slot: Most bytes in one slot.
+        name: The address space's, for instruments.
     """
 
     priority = ListenerPriority.ACCEL
@@ -80,7 +81,9 @@ class KvmMemoryListener(MemoryListener):
         dirty_log: DirtyLog | None = None,
         limit: int | None = None,
         max_slot: int = MAX_SLOT_BYTES,
+        name: str = "memory",
     ) -> None:
+        self._name = name
         self._vm = vm
         self._gate = gate
         self._policy = policy
@@ -189,7 +192,8 @@ class KvmMemoryListener(MemoryListener):
         ending = self._ending(ops)
         if self._policy is KickPolicy.ON_OVERLAP and (ending or tears(ops)):
             await self._hold()
-        self.dirty_log.fetch(ending)
+        if ending:
+            self._fetch(ending)
         for logged in ending:
             # Under manual protection, what nobody has taken would be reported again:
             # to clients to come, too.
@@ -204,6 +208,20 @@ class KvmMemoryListener(MemoryListener):
         self._added.clear()
         self._reassigned.clear()
         self.release()
+
+    def _fetch(self, ending: list[Logged]) -> None:
+        tell = self._gate.instruments.ioctl
+        began = 0 if tell is None else time.perf_counter_ns()
+        number = 0
+        try:
+            self.dirty_log.fetch(ending)
+        except KvmError as error:
+            number = error.errno or errno.EIO
+            raise
+        finally:
+            if tell is not None:
+                what = DirtyLogsOf(tuple(each.memslot for each in ending))
+                tell(self.dirty_log.ioctl, what, began, time.perf_counter_ns(), number)
 
     def _ending(self, ops: Iterable[SlotOp]) -> list[Logged]:
         """The logs whose bits would be lost, or become somebody else's (rule B12)."""
@@ -288,7 +306,7 @@ class KvmMemoryListener(MemoryListener):
 
     async def _hold(self) -> None:
         if not self._holding:  # after a failed commit they still are
-            await self._gate.hold()
+            await self._gate.hold(self._name)
             self._stopped_at = time.perf_counter_ns()
             self._holding = True
             self.brackets += 1
@@ -390,12 +408,18 @@ class KvmMemoryListener(MemoryListener):
         done.append(op)
 
     def _ioctl(self, op: SlotOp) -> None:
+        tell = self._gate.instruments.ioctl
+        began = 0 if tell is None else time.perf_counter_ns()
+        number = 0
         try:
             self._vm.set_user_memory_region(*op.arguments())
         except OSError as error:
+            number = error.errno or errno.EIO
             raise self._explained(op, error) from error
         finally:
             self.ioctls += 1
+            if tell is not None:
+                tell("KVM_SET_USER_MEMORY_REGION", op, began, time.perf_counter_ns(), number)
         self._table.apply(op)
         self._follow(op)
 

@@ -148,6 +148,17 @@ class KvmRun:
         """What the vCPU is doing, for a warning that it does not stop."""
         return "in KVM_RUN"
 
+    def last_exit(self) -> tuple[str, int | None]:
+        """The name of the last exit, and the address or port of an access."""
+        if self._errno:
+            return errno.errorcode.get(self._errno, str(self._errno)), None
+        reason = self._handle.exit_reason
+        if reason == kernel.EXIT_MMIO:
+            return "Mmio", self._handle.mmio()[0]
+        if reason == kernel.EXIT_IO:
+            return "Io", self._handle.io()[0]
+        return type(self._handle.terminal_exit()).__name__, None
+
     def handle(self) -> object:
         """Serve the exit here, or say who has to."""
         if self._errno:

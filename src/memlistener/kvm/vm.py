@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
 
 import attrs
 import trio
@@ -11,6 +12,7 @@ import trio
 from memlistener.address_space import AddressSpace
 from memlistener.bracket import MIN_RUN, Gate, GateStatistics, Holding
 from memlistener.errors import KvmUnavailableError, RegionError
+from memlistener.instrument import Instrument
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.dirty_log import RING_ENTRIES, DirtyLogMethod, open_dirty_log
 from memlistener.kvm.listener import (
@@ -48,6 +50,11 @@ class VmStatistics:
     holes: int
     unassigned: int
     vcpus: tuple[VcpuStatistics, ...]
+
+    @property
+    def exits(self) -> dict[str, int]:
+        """How many exits by reason, over all vCPUs."""
+        return dict(sum((Counter(each.exits) for each in self.vcpus), Counter[str]()))
 
 
 class Vm:
@@ -134,7 +141,23 @@ class Vm:
 
         A hold on the gate that brackets use: nests with them and with itself.
         """
-        return self._gate.holding()
+        return self._gate.holding("paused")
+
+    def add_instrument(self, instrument: Instrument) -> None:
+        """From now on ``instrument`` watches this VM. Nothing happens where it does.
+
+        Raises:
+            TypeError: It is no `memlistener.Instrument`, or has a hook that is ``async``.
+        """
+        self._gate.instruments.add(instrument)
+
+    def remove_instrument(self, instrument: Instrument) -> None:
+        """``instrument`` watches no longer. A hook under way on a vCPU's thread still ends.
+
+        Raises:
+            KeyError: It was not added, or was removed because it raised.
+        """
+        self._gate.instruments.remove(instrument)
 
     def statistics(self) -> VmStatistics:
         """What the VM has done so far."""
@@ -176,6 +199,7 @@ async def open_vm(
     dirty_log: DirtyLogMethod = DirtyLogMethod.MANUAL_PROTECT,
     dirty_ring_entries: int = RING_ENTRIES,
     backend: kernel.KvmBackend | None = None,
+    instruments: Iterable[Instrument] = (),
 ) -> AsyncIterator[Vm]:
     """A virtual machine that has ``space`` for its memory, until the block ends.
 
@@ -192,6 +216,7 @@ async def open_vm(
             has: a power of two.
         backend: What plays the kernel: a `memlistener.testing.FakeKvm`. None
             for /dev/kvm.
+        instruments: Who watches, from the first ioctl on.
 
     Raises:
         KvmUnavailableError: /dev/kvm cannot be used, or not with such a dirty log;
@@ -212,16 +237,18 @@ async def open_vm(
             kvm = backend
         handle = stack.enter_context(contextlib.closing(kvm.create_vm()))
         gate = Gate(min_run=getattr(kvm, "min_run", MIN_RUN))
+        for each in instruments:
+            gate.instruments.add(each)
         log = open_dirty_log(handle, dirty_log, dirty_ring_entries)
         kind = (
             KvmRingMemoryListener if dirty_log is DirtyLogMethod.RING else KvmBitmapMemoryListener
         )
-        listener: KvmMemoryListener = kind(handle, gate, policy, dirty_log=log)
+        listener: KvmMemoryListener = kind(handle, gate, policy, name=space.name, dirty_log=log)
         # Whatever happens from here on, memory is not to talk to a closed VM.
         stack.callback(listener.detach, space)
         await space.memory.register(listener, space)
         # A torn map is not run on (T13).
-        stack.callback(space.memory.when_broken(lambda _: gate.hold_nowait()))
+        stack.callback(space.memory.when_broken(lambda _: gate.hold_nowait("broken")))
         vm = Vm(handle, space, io, gate, listener)
         stack.push_async_callback(vm._close)
         yield vm

@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import alternatives, engine, kvm, plot, report
+from benchmarks import alternatives, dirty, engine, kvm, plot, report
 from benchmarks.measure import Benchmarks, Figure, Settings, Skipped
 
 GROUPS: dict[str, Benchmarks] = {
     "engine": engine.BENCHMARKS,
     "alternatives": alternatives.BENCHMARKS,
     "kvm": kvm.BENCHMARKS,
+    "dirty": dirty.BENCHMARKS,
 }
 
 

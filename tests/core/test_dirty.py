@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from memlistener import DirtyClient, DirtyRanges, FlatView, MemoryRegion, RegionError
-from memlistener.core.dirty import DirtyBitmap, runs
+from memlistener.core.dirty import DirtyBitmap, is_empty, runs
 from memlistener.core.kinds import LOG_SHIFT
 
 
@@ -154,6 +154,17 @@ def test_runs(bitmap: bytes, base: int, chunks: int) -> None:
     """Runs are those of the bits, however long the bitmap: across the chunks too."""
     bitmap = b"\xff" * 512 * (chunks // 2) + bytes(512) * (chunks % 2) + bitmap
     assert pages_of(runs(bitmap, base)) == set_bits(bitmap, base)
+
+
+@given(st.integers(0, 10000), st.none() | st.integers(0, 80000))
+def test_is_empty(size: int, bit: int | None) -> None:
+    """Of any length, and wherever the one bit is."""
+    bitmap = bytearray(size)
+    assert is_empty(bitmap)
+    if bit is not None and bit < 8 * size:
+        bitmap[bit >> 3] |= 1 << (bit & 7)
+        assert not is_empty(bitmap)
+        assert not is_empty(bytes(bitmap))
 
 
 class TestDirtyRanges:

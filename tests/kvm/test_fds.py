@@ -369,7 +369,7 @@ def test_manual_protection(machine: Machine) -> None:
         dirty = machine.vm.get_dirty_log(0, pages)
         assert struct.unpack("<Q", dirty)[0] & 0x204 == 0x204
         assert machine.vm.get_dirty_log(0, pages) == dirty
-        machine.vm.clear_dirty_log(0, 0, pages, dirty)
+        machine.vm.clear_dirty_log(0, 0, pages, bytes(dirty))
         assert machine.vm.get_dirty_log(0, pages) == bytes(8)
 
 

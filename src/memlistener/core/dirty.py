@@ -184,18 +184,27 @@ def runs(bitmap: bytes | bytearray, base: int = 0) -> array[int]:
     return _runs(bitmap, base)
 
 
+def is_empty(bitmap: bytes | bytearray) -> bool:
+    """Whether no bit is set."""
+    whole = len(bitmap) - len(bitmap) % len(_ZEROS)
+    return all(bitmap.startswith(_ZEROS, at) for at in range(0, whole, len(_ZEROS))) and not any(
+        bitmap[whole:]
+    )
+
+
 # ---- what is done to many bytes -----------------------------------------------------
 
 # To compare a chunk with zeros costs 100 ns up to this size, and then grows; a chunk
 # that is not zero costs microseconds whatever its size.
 _CHUNK = 512
-_ZEROS = bytes(_CHUNK)
+_ZEROS = bytes(4096)
+_CHUNK_OF_ZEROS = bytes(_CHUNK)
 
 
 def _or_in_python(bits: bytearray, at: int, bitmap: bytes | bytearray, size: int) -> None:
     for low in range(0, size, _CHUNK):
         part = bitmap[low : min(low + _CHUNK, size)]
-        if part == _ZEROS:
+        if part == _CHUNK_OF_ZEROS:
             continue
         where = slice(at + low, at + low + len(part))
         both = int.from_bytes(bits[where], "little") | int.from_bytes(part, "little")
@@ -206,7 +215,7 @@ def _runs_in_python(bitmap: bytes | bytearray, base: int) -> array[int]:
     found = array("Q")
     for low in range(0, len(bitmap), _CHUNK):
         part = bitmap[low : low + _CHUNK]
-        if part == _ZEROS:
+        if part == _CHUNK_OF_ZEROS:
             continue
         left = int.from_bytes(part, "little")
         page = base + 8 * low

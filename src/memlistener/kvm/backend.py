@@ -154,7 +154,7 @@ class VmHandle(Protocol):
         """
         ...
 
-    def get_dirty_log(self, slot: int, pages: int) -> bytes:
+    def get_dirty_log(self, slot: int, pages: int) -> bytes | bytearray:
         """``KVM_GET_DIRTY_LOG``: fetch the bitmap of a slot.
 
         It is cleared, and writes to its pages count again, unless

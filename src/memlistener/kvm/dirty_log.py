@@ -16,7 +16,7 @@ from typing import ClassVar, Protocol
 
 import attrs
 
-from memlistener.core.dirty import DIRTY_PAGE_SIZE, DirtyBitmap
+from memlistener.core.dirty import DIRTY_PAGE_SIZE, DirtyBitmap, is_empty
 from memlistener.errors import KvmError, KvmUnavailableError
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.slots import Memslot
@@ -170,7 +170,7 @@ class DirtyBitmapLog:
                 bitmap = self._vm.get_dirty_log(each.memslot.slot, each.pages)
             except OSError as error:
                 raise _explained("KVM_GET_DIRTY_LOG", each, error) from error
-            if bitmap == bytes(len(bitmap)):
+            if is_empty(bitmap):
                 continue
             each.block.merge_dirty(each.offset, bitmap, each.clients)
             if self.manual:

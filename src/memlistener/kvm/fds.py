@@ -293,7 +293,7 @@ class VmFd(_Fd):
         if cap in (CAP_DIRTY_LOG_RING, CAP_DIRTY_LOG_RING_ACQ_REL):
             self._ring_size = arg
 
-    def get_dirty_log(self, slot: int, pages: int) -> bytes:
+    def get_dirty_log(self, slot: int, pages: int) -> bytes | bytearray:
         """``KVM_GET_DIRTY_LOG``: fetch the bitmap of a slot; see `VmHandle.get_dirty_log`.
 
         Args:
@@ -319,7 +319,7 @@ class VmFd(_Fd):
                 self._b.ffi.from_buffer(bitmap),
                 detail=f"slot {slot:#x}",
             )
-            return bytes(bitmap)
+            return bitmap
 
     def clear_dirty_log(self, slot: int, first_page: int, pages: int, bitmap: bytes) -> None:
         """``KVM_CLEAR_DIRTY_LOG``; see `VmHandle.clear_dirty_log`.

@@ -48,7 +48,8 @@ class Instrument:
 
         Args:
             reason: The address space whose map changes, ``"paused"`` for `Vm.paused
-                <memlistener.kvm.Vm.paused>`, or ``"broken"`` for memory that broke.
+                <memlistener.kvm.Vm.paused>`, ``"dirty log"`` for the emptying of dirty
+                rings, or ``"broken"`` for memory that broke.
             at: When.
             waited: How long before that, so that vCPUs had their turn (rule B14).
         """

@@ -89,6 +89,8 @@ size_t ml_bitmap_bounds(const uint8_t *bitmap, size_t size, uint64_t base, uint6
 
 /* How many entries of a vCPU's dirty ring were new: slot and page of each are in found. */
 uint32_t ml_collect_dirty_gfns(void *ring, uint32_t entries, uint32_t *next, uint64_t *found);
+/* How many entries of a ring that has overflowed were passed over. */
+uint32_t ml_skip_dirty_gfns(void *ring, uint32_t entries, uint32_t *next, uint32_t none);
 
 /* The signal's number, or -EBUSY when every real-time signal is taken. */
 int ml_install_kick_handler(void);

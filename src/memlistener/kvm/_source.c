@@ -267,6 +267,31 @@ static uint32_t ml_collect_dirty_gfns(void *ring, uint32_t entries, uint32_t *ne
     return n;
 }
 
+/*
+ * For a ring that has overflowed: the kernel went on writing where it was, and
+ * will look for what we give back where we are. Give back what lies between,
+ * used or not: the entries before the next one that the kernel has written, or,
+ * where it has written none and will not for it takes the ring for full, as
+ * many as are given.
+ */
+static uint32_t ml_skip_dirty_gfns(void *ring, uint32_t entries, uint32_t *next, uint32_t none)
+{
+    struct dirty_gfn *gfns = ring;
+    uint32_t n = 0;
+
+    while (n < entries &&
+           __atomic_load_n(&gfns[(*next + n) % entries].flags, __ATOMIC_ACQUIRE) != DIRTY_GFN_DIRTY)
+        n++;
+    if (n == entries)
+        n = none;
+    /* Written meanwhile, and the one that was found is the one after it? */
+    if (__atomic_load_n(&gfns[*next % entries].flags, __ATOMIC_ACQUIRE) == DIRTY_GFN_DIRTY)
+        return 0;
+    for (uint32_t i = 0; i < n; i++)
+        __atomic_store_n(&gfns[(*next)++ % entries].flags, DIRTY_GFN_RESET, __ATOMIC_RELEASE);
+    return n;
+}
+
 /* Running and kicking ------------------------------------------------------ */
 
 static int kick_signal;

@@ -105,6 +105,18 @@ class VcpuHandle(Protocol):
         """
         ...
 
+    def skip_dirty_gfns(self, none: int = 0) -> int:
+        """Pass over entries of a ring that has overflowed, up to where the kernel is.
+
+        Args:
+            none: How many, where the kernel has written no entry that would show
+                where it is.
+
+        Returns:
+            How many: `VmHandle.reset_dirty_rings` counts them, too.
+        """
+        ...
+
     def get_regs(self) -> dict[str, int]:
         """``KVM_GET_REGS``: every field of ``struct kvm_regs`` by name."""
         ...

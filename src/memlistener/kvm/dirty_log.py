@@ -22,8 +22,8 @@ from memlistener.kvm import backend as kernel
 from memlistener.kvm.slots import Memslot
 from memlistener.ram import RamBlock
 
-# What QEMU's documentation recommends: 16 MiB written fill a ring of 64 KiB.
-RING_ENTRIES = 4096
+# 64 MiB written fill a ring of 256 KiB.
+RING_ENTRIES = 16384
 
 
 class DirtyLogMethod(enum.Enum):
@@ -80,9 +80,15 @@ class DirtyLog(Protocol):
 
     Attributes:
         ioctl: The name of the ioctl that fetches.
+        overflowed: Some writes were not recorded. Whoever fetched is to turn the
+            log of every slot off and on again, with all vCPUs held, which protects
+            all pages anew; then to call `recovered`.
+        overflows: How often that happened.
     """
 
     ioctl: ClassVar[str]
+    overflowed: bool
+    overflows: int
 
     def added(self, logged: Logged) -> None:
         """A slot logs from now on."""
@@ -94,6 +100,14 @@ class DirtyLog(Protocol):
 
     def fetch(self, slots: Iterable[Logged]) -> None:
         """Bring the bits of these slots onto their blocks."""
+        ...
+
+    def full(self, vcpu: kernel.VcpuHandle) -> None:
+        """A vCPU has left the guest since its ring is full."""
+        ...
+
+    def recovered(self) -> None:
+        """See `overflowed`."""
         ...
 
     def clear(self, logged: Logged, first: int, end: int) -> None:
@@ -126,6 +140,8 @@ class DirtyBitmapLog:
     """
 
     ioctl: ClassVar = "KVM_GET_DIRTY_LOG"
+    overflowed = False
+    overflows = 0
 
     def __init__(self, vm: kernel.VmHandle, *, manual: bool) -> None:
         self.manual = manual
@@ -210,6 +226,12 @@ class DirtyBitmapLog:
                 if low < high:
                     self.clear(each, low // DIRTY_PAGE_SIZE, -(-high // DIRTY_PAGE_SIZE))
 
+    def full(self, vcpu: kernel.VcpuHandle) -> None:
+        """See `DirtyLog`: there are no rings."""
+
+    def recovered(self) -> None:
+        """See `DirtyLog`: a bitmap has room for all."""
+
     def add_vcpu(self, handle: kernel.VcpuHandle) -> None:
         """See `DirtyLog`: the bitmaps are the slots'."""
 
@@ -224,12 +246,37 @@ class DirtyBitmapLog:
         self._reported.clear()
 
 
+@attrs.define(eq=False)
+class _Ring:
+    """What is known of a vCPU's ring.
+
+    Attributes:
+        vcpu: Whose it is.
+        astray: Whether we may be at another place in it than the kernel.
+        fulls: How often it was said to be full since an entry was last found in it.
+    """
+
+    vcpu: kernel.VcpuHandle
+    astray: bool = False
+    fulls: int = 0
+
+
 class DirtyRingLog:
     """The dirty ring of each vCPU.
 
     An entry names a slot by its number, and may be as old as the last time that
     the rings were emptied: so they are emptied before a number gets another
     meaning, and whenever one is full.
+
+    A ring counts as full while it has some room left, 64 entries or a few more.
+    That has to do until the vCPU comes out, and where guest code is interpreted it
+    does not: seen on Linux 6.18, vCPUs wrote a thousand pages more. Then entries
+    are overwritten, their pages are written without anybody hearing of it, and the
+    kernel and we are at different places in the ring. Nothing is lost all the
+    same: that it happened is seen (a ring with no free entry, or entries that the
+    kernel does not take back), every page that logs counts as written, all of them
+    are protected anew (`overflowed` asks the listener to do so), and the place is
+    found again, by giving back what lies between.
 
     Args:
         vm: The VM's handle; it has no vCPU yet.
@@ -242,8 +289,11 @@ class DirtyRingLog:
     ioctl: ClassVar = "KVM_RESET_DIRTY_RINGS"
 
     def __init__(self, vm: kernel.VmHandle, *, entries: int) -> None:
+        self.overflowed = False
+        self.overflows = 0
         self._vm = vm
-        self._vcpus: list[kernel.VcpuHandle] = []
+        self._entries = entries
+        self._rings: dict[kernel.VcpuHandle, _Ring] = {}
         self._logged: dict[int, Logged] = {}
         for cap in (kernel.CAP_DIRTY_LOG_RING_ACQ_REL, kernel.CAP_DIRTY_LOG_RING):
             most = vm.check_extension(cap)
@@ -280,9 +330,46 @@ class DirtyRingLog:
             KvmError: The kernel refuses to take the entries back; the bits are on
                 their blocks.
         """
-        found = [entry for vcpu in self._vcpus for entry in vcpu.collect_dirty_gfns()]
-        if not found:
-            return
+        found: list[tuple[int, int]] = []
+        skipped = 0
+        for ring in self._rings.values():
+            entries = self._collect(ring)
+            if ring.astray and not entries:
+                skipped += ring.vcpu.skip_dirty_gfns()
+                entries = self._collect(ring)
+            found += entries
+        self._mark(found)
+        self._give_back(len(found) + skipped)
+
+    def full(self, vcpu: kernel.VcpuHandle) -> None:
+        """A vCPU has left the guest since its ring is full: as `fetch`.
+
+        Raises:
+            KvmError: As for `fetch`.
+        """
+        ring = self._rings[vcpu]
+        entries = self._collect(ring)
+        skipped = 0
+        if not entries and ring.astray:
+            ring.fulls += 1
+            if ring.fulls > 1:
+                # Full again, and nobody has found anything in it meanwhile: the kernel is
+                # further ahead of us than it lets a vCPU write. A quarter of the ring is
+                # less than that, wherever it draws the line.
+                skipped = vcpu.skip_dirty_gfns(self._entries // 4)
+        self._mark(entries)
+        self._give_back(len(entries) + skipped)
+        self.fetch()
+
+    def _collect(self, ring: _Ring) -> list[tuple[int, int]]:
+        entries = ring.vcpu.collect_dirty_gfns()
+        if entries:
+            ring.fulls = 0
+        if len(entries) == self._entries:
+            self._overflow()
+        return entries
+
+    def _mark(self, found: list[tuple[int, int]]) -> None:
         pages: dict[Logged, DirtyBitmap] = {}
         for slot, page in found:
             logged = self._logged.get(slot)
@@ -294,23 +381,44 @@ class DirtyRingLog:
             bitmap.mark(page, page + 1)
         for logged, bitmap in pages.items():
             logged.block.merge_dirty(logged.offset, bitmap.take(0, logged.pages), logged.clients)
-        self._vm.reset_dirty_rings()
+
+    def _give_back(self, count: int) -> None:
+        while count:
+            done = self._vm.reset_dirty_rings()  # fewer, where a signal came in between
+            if not done:
+                self._overflow()  # the first is written again already
+                return
+            count -= done
+
+    def _overflow(self) -> None:
+        self.overflowed = True
+        self.overflows += 1
+        for ring in self._rings.values():  # which of them it was is not always plain
+            ring.astray = True
+
+    def recovered(self) -> None:
+        """All slots that log were protected anew: every page of theirs counts as written."""
+        for each in self._logged.values():
+            each.block.mark_dirty(each.offset, each.memslot.memory_size, each.clients)
+        self.overflowed = False
 
     def clear(self, logged: Logged, first: int, end: int) -> None:
         """See `DirtyLog`: done when the ring was emptied."""
 
     def add_vcpu(self, handle: kernel.VcpuHandle) -> None:
         """See `DirtyLog`."""
-        self._vcpus.append(handle)
+        self._rings[handle] = _Ring(handle)
 
     def remove_vcpu(self, handle: kernel.VcpuHandle) -> None:
         """See `DirtyLog`."""
-        if handle in self._vcpus:
+        if handle in self._rings:
             self.fetch()
-            self._vcpus.remove(handle)
+            del self._rings[handle]
 
     def close(self) -> None:
         """See `DirtyLog`."""
+        if self.overflowed:
+            self.recovered()
 
 
 def open_dirty_log(vm: kernel.VmHandle, method: DirtyLogMethod, ring_entries: int) -> DirtyLog:

@@ -535,6 +535,15 @@ class VcpuFd(_Fd):
         values = iter(self._b.ffi.unpack(found, 2 * count))
         return list(zip(values, values, strict=True))
 
+    def skip_dirty_gfns(self, none: int = 0) -> int:
+        """Pass over entries of a ring that has overflowed; see `VcpuHandle.skip_dirty_gfns`."""
+        ring = self._ring
+        if ring is None:
+            return 0
+        return self._lib.ml_skip_dirty_gfns(  # type: ignore[no-any-return]
+            ring, self._ring_entries, self._next, none
+        )
+
     def get_regs(self) -> dict[str, int]:
         """``KVM_GET_REGS``: every field of ``struct kvm_regs`` by name."""
         return self._get("KVM_GET_REGS", "ml_get_regs", "struct kvm_regs")

@@ -194,6 +194,9 @@ class KvmMemoryListener(MemoryListener):
             await self._hold()
         if ending:
             self._fetch(ending)
+            if self.dirty_log.overflowed:
+                await self._hold()  # the policy may be to do without
+                self._log_anew()
         for logged in ending:
             # Under manual protection, what nobody has taken would be reported again:
             # to clients to come, too.
@@ -222,6 +225,33 @@ class KvmMemoryListener(MemoryListener):
             if tell is not None:
                 what = DirtyLogsOf(tuple(each.memslot for each in ending))
                 tell(self.dirty_log.ioctl, what, began, time.perf_counter_ns(), number)
+
+    async def empty_rings(self, full: kernel.VcpuHandle | None = None) -> None:
+        """Fetch what is in the dirty rings.
+
+        Args:
+            full: The vCPU whose ring is full; None where nobody's has to be.
+
+        Raises:
+            KvmError: The kernel refuses.
+        """
+        if full is not None:
+            self.dirty_log.full(full)
+            if not self.dirty_log.overflowed:
+                return
+        # What vCPUs have not put there yet, they do when they come out.
+        async with self._gate.holding("dirty log"):
+            self.dirty_log.fetch(())
+            if self.dirty_log.overflowed:
+                self._log_anew()
+
+    def _log_anew(self) -> None:
+        """Turn the log of each slot that has one off and on: all its pages are protected."""
+        logging = [each.memslot for each in self._logged.values()]
+        for slot in logging:
+            off = SlotOp(slot, Memslot(slot.slot, attrs.evolve(slot.mapping, flags=0)))
+            self._make([off, off.inverse])
+        self.dirty_log.recovered()
 
     def _ending(self, ops: Iterable[SlotOp]) -> list[Logged]:
         """The logs whose bits would be lost, or become somebody else's (rule B12)."""
@@ -456,9 +486,8 @@ class KvmRingMemoryListener(KvmMemoryListener):
     """The same with dirty rings, which know nothing of sections: all are emptied at once."""
 
     async def log_sync_global(self) -> None:
-        """Empty the rings; what vCPUs have not put there yet, they do when they come out."""
-        async with self._gate.holding():
-            self.dirty_log.fetch(())
+        """Empty the rings."""
+        await self.empty_rings()
 
 
 class KvmBitmapMemoryListener(KvmMemoryListener):

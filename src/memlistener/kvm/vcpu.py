@@ -72,7 +72,7 @@ class KvmRun:
         io: Where its PIO exits go; None for nothing there.
         name: For errors.
         readonly_memory: Whether the kernel has slots for read-only memory.
-        log: What empties its dirty ring when that is full.
+        ring_full: What empties its dirty ring when that is full.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class KvmRun:
         name: str,
         *,
         readonly_memory: bool = True,
-        log: DirtyLog | None = None,
+        ring_full: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
-        self._log = log
+        self._ring_full = ring_full
         self._handle = handle
         self._space = space
         self._io = io
@@ -172,17 +172,12 @@ class KvmRun:
         if reason == kernel.EXIT_IO:
             self._unfinished = True
             return self._pio()
-        if reason == kernel.EXIT_DIRTY_RING_FULL and self._log is not None:
+        if reason == kernel.EXIT_DIRTY_RING_FULL and self._ring_full is not None:
             self.exits.by_reason["DirtyRingFull"] += 1
-            return Serve(self._empty_rings)
+            return Serve(self._ring_full)  # on trio's thread, where no slot changes meanwhile
         result = self._handle.terminal_exit()
         self.exits.by_reason[type(result).__name__] += 1
         return result
-
-    async def _empty_rings(self) -> None:
-        """On trio's thread, where no slot can change meanwhile."""
-        assert self._log is not None
-        self._log.fetch(())
 
     def _mmio(self, seen: FlatView | None) -> object:
         addr, size, is_write, data = self._handle.mmio()
@@ -319,6 +314,7 @@ class Vcpu:
         *,
         readonly_memory: bool = True,
         log: DirtyLog | None = None,
+        ring_full: Callable[[], Coroutine[Any, Any, None]] | None = None,
         closed: Callable[[Vcpu], object] = lambda vcpu: None,
     ) -> None:
         """Use `Vm.create_vcpu`."""
@@ -328,7 +324,12 @@ class Vcpu:
         self._space = space
         self._log = log
         self._kvm_run = KvmRun(
-            handle, space, io, f"vcpu {vcpu_id}", readonly_memory=readonly_memory, log=log
+            handle,
+            space,
+            io,
+            f"vcpu {vcpu_id}",
+            readonly_memory=readonly_memory,
+            ring_full=ring_full,
         )
         if log is not None:
             log.add_vcpu(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 
@@ -36,6 +37,8 @@ class VmStatistics:
         gate: Kicks, and how long they took.
         stopped_median: Seconds that vCPUs were kept out per bracket, half of all.
         stopped_max: The longest.
+        dirty_ring_overflows: How often a dirty ring was noticed to be full too late,
+            so that all memory counted as written.
         holes: Accesses to memory that no slot covered, over all vCPUs.
         unassigned: Accesses of anybody that met nothing (rule K5).
         vcpus: Each vCPU that there is or was, by number.
@@ -47,6 +50,7 @@ class VmStatistics:
     gate: GateStatistics
     stopped_median: float
     stopped_max: float
+    dirty_ring_overflows: int
     holes: int
     unassigned: int
     vcpus: tuple[VcpuStatistics, ...]
@@ -128,6 +132,7 @@ class Vm:
                 self._io,
                 readonly_memory=self._listener.readonly_memory,
                 log=self._listener.dirty_log,
+                ring_full=functools.partial(self._listener.empty_rings, handle),
                 closed=self._forget,
             )
         except BaseException:
@@ -170,6 +175,7 @@ class Vm:
             gate=self._gate.statistics(),
             stopped_median=listener.stopped.quantile(0.5) / 1e9,
             stopped_max=listener.stopped.maximum / 1e9,
+            dirty_ring_overflows=listener.dirty_log.overflows,
             holes=sum(each.holes for each in vcpus),
             unassigned=self._space.unassigned_accesses
             + (self._io.unassigned_accesses if self._io is not None else 0),

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from memlistener.kvm import backend
+from memlistener.testing.fake_dirty_ring import DirtyRing
 from memlistener.testing.fake_ioctls import Ioctl, IoctlRecorder
 from memlistener.testing.fake_memslots import PAGE_SIZE, FakeMemslot, MemslotTable, kernel_error
 from memlistener.testing.fake_vcpu import FakeVcpu, VmState
@@ -76,6 +77,7 @@ class FakeKvm:
         max_vcpus: int = 1024,
         kick_ioctls: bool = False,
         kick_waits_for_other_vms: bool = False,
+        dirty_rings_overflow: bool = False,
         log_limit: int | None = None,
     ) -> None:
         """A kernel with no VMs.
@@ -96,6 +98,8 @@ class FakeKvm:
             kick_waits_for_other_vms: Play that kernel's habit of waiting until
                 the vCPUs of *every* VM have come out of ``KVM_RUN``, though it
                 kicks only those of one.
+            dirty_rings_overflow: Play a kernel whose vCPUs notice only when they
+                enter the guest that their dirty ring is full.
             log_limit: How many ioctls `log` keeps, the newest; None: all.
         """
         self._recorder = IoctlRecorder(log_limit)
@@ -108,6 +112,7 @@ class FakeKvm:
         self._max_vcpus = max_vcpus
         self._kick_ioctls = kick_ioctls
         self._kick_waits_for_other_vms = kick_waits_for_other_vms
+        self._dirty_rings_overflow = dirty_rings_overflow
         self._closed = False
         self.vms: list[FakeVm] = []
 
@@ -276,7 +281,9 @@ class FakeVm:
                 raise kernel_error(errno.EINVAL, f"vCPU {vcpu_id}: there can be {limit}")
             if any(vcpu.vcpu_id == vcpu_id for vcpu in self.vcpus):
                 raise kernel_error(errno.EEXIST, f"vCPU {vcpu_id} exists")
-            vcpu = FakeVcpu(self._state, vcpu_id, script, ring_entries=self._ring_entries)
+            entries, late = self._ring_entries, self._kvm._dirty_rings_overflow
+            ring = DirtyRing(entries, noticed_late=late) if entries else None
+            vcpu = FakeVcpu(self._state, vcpu_id, script, ring=ring)
             self.vcpus.append(vcpu)
             return vcpu
 

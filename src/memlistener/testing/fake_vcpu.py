@@ -33,15 +33,13 @@ import attrs
 from memlistener.kvm.backend import EXIT_DIRTY_RING_FULL
 from memlistener.kvm.exits import VcpuExit
 from memlistener.testing import fake_registers
+from memlistener.testing.fake_dirty_ring import DirtyRing
 from memlistener.testing.fake_ioctls import Begun, IoctlRecorder
 from memlistener.testing.fake_memslots import PAGE_SIZE, MemslotTable, kernel_error
 from memlistener.testing.guest_script import Deaf, Instruction, LoseSignals, Spin
 from memlistener.testing.scripted_guest import EXIT_INTR, ScriptedGuest, cut
 
 T = TypeVar("T")
-
-# A ring counts as full when so many entries are left (KVM_DIRTY_RING_RSVD_ENTRIES).
-_RING_RESERVE = 64
 
 
 @attrs.frozen
@@ -104,12 +102,10 @@ class FakeVcpu:
         vcpu_id: int,
         script: Iterable[Instruction],
         *,
-        ring_entries: int = 0,
+        ring: DirtyRing | None = None,
     ) -> None:
         """Use `FakeVm.create_vcpu` instead."""
-        self._ring_entries = ring_entries
-        self._ring: list[tuple[int, int]] = []  # slot and page; the oldest first
-        self._collected = 0  # so many of them
+        self._ring = ring
         self.vcpu_id = vcpu_id
         self.address_space_id = 0
         self._vm = vm
@@ -309,17 +305,16 @@ class FakeVcpu:
     def collect_dirty_gfns(self) -> list[tuple[int, int]]:
         """Take what is new in the dirty ring; see `VcpuHandle.collect_dirty_gfns`."""
         with self._lock:
-            found = self._ring[self._collected :]
-            self._collected = len(self._ring)
-            return found
+            return self._ring.collect() if self._ring is not None else []
+
+    def skip_dirty_gfns(self, none: int = 0) -> int:
+        """Pass over entries of a ring that has overflowed; see `VcpuHandle.skip_dirty_gfns`."""
+        with self._lock:
+            return self._ring.skip(none) if self._ring is not None else 0
 
     def reset_ring(self) -> int:
         """Free what was collected, and protect its pages. The lock is held."""
-        count, self._collected = self._collected, 0
-        for slot, page in self._ring[:count]:
-            self._vm.memslots.protect(slot, page)
-        del self._ring[:count]
-        return count
+        return self._ring.reset(self._vm.memslots.protect) if self._ring is not None else 0
 
     def get_regs(self) -> dict[str, int]:
         """``KVM_GET_REGS``."""
@@ -404,10 +399,13 @@ class FakeVcpu:
             return 0
         if not wants_to_run:
             return errno.EINTR
+        ring = self._ring
+        late = False
         while True:
-            if self._ring_is_full():
+            if ring is not None and ring.full and not late:
                 self._guest.exit_reason = EXIT_DIRTY_RING_FULL
                 return 0
+            late = ring is not None and ring.noticed_late
             if not self._at_boundary():
                 break
             if self._perform(self._guest.current_instruction()):
@@ -462,12 +460,9 @@ class FakeVcpu:
             self._spun = 0
             self._guest.retire()
 
-    def _ring_is_full(self) -> bool:
-        return bool(self._ring_entries) and len(self._ring) >= self._ring_entries - _RING_RESERVE
-
     def _noticed(self, slot: int, page: int) -> None:
-        if self._ring_entries:
-            self._ring.append((slot, page))
+        if self._ring is not None:
+            self._ring.push(slot, page)
 
     def _memory(self, addr: int, data: bytearray, is_write: bool) -> list[tuple[int, int]]:
         """Do what memslots can of an access; return what is left, cut at pages."""

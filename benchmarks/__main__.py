@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import alternatives, dirty, engine, kvm, plot, report
+from benchmarks import alternatives, dirty, engine, kvm, plot, report, soak
 from benchmarks.measure import Benchmarks, Figure, Settings, Skipped
 
 GROUPS: dict[str, Benchmarks] = {
@@ -14,7 +14,12 @@ GROUPS: dict[str, Benchmarks] = {
     "alternatives": alternatives.BENCHMARKS,
     "kvm": kvm.BENCHMARKS,
     "dirty": dirty.BENCHMARKS,
+    "soak": soak.BENCHMARKS,
 }
+
+
+# Not without being asked for.
+_LONG = ("soak",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plot:
         plot.draw(plot.measure(settings), options.plot)
         return 0
-    chosen = options.only or list(GROUPS)
+    chosen = options.only or [group for group in GROUPS if group not in _LONG]
     known = {f"{group}.{name}" for group, names in GROUPS.items() for name in names} | set(GROUPS)
     unknown = [each for each in chosen if each not in known]
     if unknown:

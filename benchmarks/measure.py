@@ -35,8 +35,8 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """The median as a share of the bar."""
-        return None if self.bar is None else self.median / self.bar
+        """The median as a share of the bar; None where that is 0, or there is none."""
+        return self.median / self.bar if self.bar else None
 
     @property
     def passed(self) -> bool | None:

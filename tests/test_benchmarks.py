@@ -16,7 +16,7 @@ BENCHMARKS = [
     pytest.param(
         benchmark,
         id=f"{group}.{name}",
-        marks=[pytest.mark.kvm] if group == "kvm" or name == "fetch" else [],
+        marks=[pytest.mark.kvm] if group in ("kvm", "soak") or name == "fetch" else [],
     )
     for group, benchmarks in GROUPS.items()
     for name, benchmark in benchmarks.items()

@@ -6,6 +6,7 @@ Rules B1 to B14 of the bracket, as far as they are the gate's.
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 import threading
@@ -350,7 +351,9 @@ async def test_b8_a_late_vcpu_is_named_again_and_again(spawn: Spawn) -> None:
     assert done.is_set()
     assert not guest.is_inside()
     for text in warnings.texts:
-        assert "vcpu 7 (vcpu 7 is busy)" in text
+        assert "vcpu 7 (vcpu 7 is busy; inside for 0." in text
+    kicks = [int(re.findall(r"kicked (\d+) times?\)", text)[0]) for text in warnings.texts]
+    assert 1 <= kicks[0] < kicks[1] <= guest.mine.kicks
     assert gate.statistics().late == len(warnings.texts) >= 2
     gate.release()
 

@@ -36,7 +36,7 @@ class Toy:
         self.inside = threading.Event()
         self.kicked = threading.Event()
         self.kicks = 0
-        self.settled = 0
+        self.settles = 0
         self.threads: set[int] = set()
 
     def enter(self) -> bool:
@@ -67,8 +67,12 @@ class Toy:
     def clear_kick(self) -> None:
         self.kicked.clear()
 
-    def settle(self, *, abandon: bool = False) -> None:
-        self.settled += 1
+    def settled(self, *, abandon: bool = False) -> bool:
+        return True
+
+    def settle(self, *, abandon: bool = False) -> object:
+        self.settles += 1
+        return None
 
     def describe(self) -> str:
         return "toying"

@@ -23,6 +23,17 @@ A bracket is `Gate.hold` ... `Gate.release`:
 4. B2, B8: whoever does not come out is kicked again, and after a deadline named
    in a warning, again and again. The bracket neither gives up nor goes on.
 
+Where something can kick all vCPUs at once (rule B15), it is an `Assist`: told
+after the gate is closed and all have been kicked, and before the gate opens. It
+is never waited for, since who is inside is counted here.
+
+A `Gate.pause` is a hold in which nothing changes: for those who want to look.
+Brackets keep vCPUs outside while memory changes under them, so that what reads
+it has to wait (rule B5). A pause waits for the brackets of others, then until each
+vCPU's thread is at the gate or idle, and has every vCPU finish the instruction
+whose access was served. It does not wait for a handler that a task awaits: that
+may be the very one who pauses, or be waiting for him.
+
 How the waiting is done. A vCPU comes out within microseconds, while going
 through trio's event loop and back costs some fifty. So the trio thread blocks
 on a lock for a moment (`_BLOCK`; the GIL is released, and no vCPU needs the trio
@@ -41,6 +52,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import attrs
 import trio
@@ -68,6 +80,22 @@ _LOOK_ON = 150_000
 PATIENCE = 4
 
 
+class Assist(Protocol):
+    """Kicks all vCPUs at once, beside the kick that each has. Never waits or raises."""
+
+    def kick(self) -> None:
+        """The gate is closed, and whoever is inside was kicked."""
+        ...
+
+    def resume(self) -> None:
+        """The gate is about to open."""
+        ...
+
+    def stray(self) -> None:
+        """A vCPU was kicked out with the gate open. Called on its thread."""
+        ...
+
+
 class Pass:
     """What one vCPU shows at the gate: its state, and how to get it out.
 
@@ -75,21 +103,27 @@ class Pass:
         name: For people.
         inside: Whether it may be executing guest code.
         kicks: How often it was kicked.
+        working: Whether its thread has the word: is inside, at the gate or on its
+            way. Kept by who owns the thread, with `Gate.depart` and `Gate.rest`.
     """
 
     __slots__ = (
         "_clear_kick",
         "_describe",
+        "_finish",
         "_kick",
+        "_kicked_since",
         "_missed",
         "_owed",
         "_parked",
         "_parking",
         "_stopping",
+        "_tries",
         "entered_at",
         "inside",
         "kicks",
         "name",
+        "working",
     )
 
     def __init__(
@@ -98,15 +132,20 @@ class Pass:
         kick: Callable[[], None],
         clear_kick: Callable[[], None],
         describe: Callable[[], str] = lambda: "in guest code",
+        finish: Callable[[], None] = lambda: None,
     ) -> None:
         """Use `Gate.add`."""
         self.name = name
         self.inside = False
+        self.working = False
         self.kicks = 0
         self.entered_at = 0
         self._kick = kick
         self._clear_kick = clear_kick
         self._describe = describe
+        self._finish = finish
+        self._kicked_since = 0
+        self._tries = 0
         self._stopping = False
         self._owed = False
         self._missed = 0
@@ -117,12 +156,26 @@ class Pass:
     def kick(self) -> None:
         """Ask it to come out. Never blocks, cannot be lost, may come late."""
         self.kicks += 1
+        if self._kicked_since != self.entered_at:  # counted here, so that entering costs nothing
+            self._kicked_since, self._tries = self.entered_at, 0
+        self._tries += 1
         self._kick()
+
+    @property
+    def parked(self) -> bool:
+        """Whether its thread is blocked at the gate."""
+        return self._parked
 
     def describe(self) -> str:
         """The name, and what it is doing as far as is known."""
         if self.inside:
-            return f"{self.name} ({self._describe()})"
+            entered_at = self.entered_at
+            tries = self._tries if self._kicked_since == entered_at else 0
+            seconds = (time.perf_counter_ns() - entered_at) / 1e9
+            return (
+                f"{self.name} ({self._describe()}; inside for {seconds:.3f} s, "
+                f"kicked {tries} time{'' if tries == 1 else 's'})"
+            )
         return f"{self.name} ({'on its way back in' if self._owed else 'in a device handler'})"
 
 
@@ -186,6 +239,7 @@ class Gate:
         patience: How many brackets in a row may find a stopped vCPU still on its
             way back in, before one waits for it. 0: every bracket waits for all.
         min_run: Nanoseconds that a vCPU is left inside at least.
+        assist: What kicks all vCPUs at once, if anything does.
     """
 
     def __init__(
@@ -194,18 +248,24 @@ class Gate:
         deadline: float = DEADLINE,
         patience: int = PATIENCE,
         min_run: int = MIN_RUN,
+        assist: Assist | None = None,
     ) -> None:
         self._mutex = threading.Lock()
         self._deadline = deadline
         self._patience = patience
         self._min_run = min_run
+        self._assist = assist
         self._holds = 0
+        self._pauses = 0  # how many of the holds change nothing
+        self._changed = trio.Event()  # set, and replaced, when the other holds are over
+        self._torn = False
         self._passes: dict[Pass, None] = {}
         self._inside = 0
         self._parked: list[Pass] = []
         self._owed = 0
         self._waiters_out: list[_Waiter] = []
         self._waiters_owed: list[_Waiter] = []
+        self._waiters_still: list[_Waiter] = []
         self._waits = Histogram()
         self._turns = Histogram()
         self._hold_count = 0
@@ -216,6 +276,16 @@ class Gate:
     def held(self) -> bool:
         """Whether vCPUs are kept out."""
         return self._holds > 0
+
+    @property
+    def changing(self) -> bool:
+        """Whether somebody holds it who may be changing what guests see (rule B5)."""
+        return self._holds > self._pauses
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it is held by pauses alone."""
+        return 0 < self._holds == self._pauses
 
     def statistics(self) -> GateStatistics:
         """What the gate has done so far."""
@@ -242,6 +312,7 @@ class Gate:
         kick: Callable[[], None],
         clear_kick: Callable[[], None],
         describe: Callable[[], str] = lambda: "in guest code",
+        finish: Callable[[], None] = lambda: None,
     ) -> Pass:
         """A new vCPU. While the gate is held it will wait at it.
 
@@ -252,8 +323,11 @@ class Gate:
             clear_kick: Forgets a kick that came too late. Called on the vCPU's
                 thread, just before it goes inside.
             describe: Says what the vCPU is doing, for the warning of rule B8.
+            finish: Completes what its last exit began, so that its registers are
+                those of after the instruction. Called in a `pause`, on trio's
+                thread, with the vCPU's own one at the gate or idle.
         """
-        each = Pass(name, kick, clear_kick, describe)
+        each = Pass(name, kick, clear_kick, describe, finish)
         with self._mutex:
             self._passes[each] = None
         return each
@@ -265,6 +339,8 @@ class Gate:
             if self._passes.pop(each, 0) is None:
                 self._kick_count += each.kicks
             self._forgive(each)
+            each.working = False
+            self._wake_if_still()
 
     # ---- the vCPU's thread --------------------------------------------------------
 
@@ -288,6 +364,7 @@ class Gate:
                     return True
                 each._parked = True
                 self._parked.append(each)
+                self._wake_if_still()
             each._parking.acquire()
 
     def leave(self, each: Pass, *, returning: bool = False) -> None:
@@ -299,15 +376,19 @@ class Gate:
                 kicked out for no reason of its own: then the next bracket has
                 to let it in first (rule B14).
         """
+        stray = False
         with self._mutex:
             each.inside = False
             self._inside -= 1
             if returning and not each._stopping:
                 self._owe(each)
+                stray = not self._holds
             if not self._inside and self._waiters_out:
                 for waiter in self._waiters_out:
                     waiter.wake()
                 self._waiters_out.clear()
+        if stray and self._assist is not None:
+            self._assist.stray()
 
     def _owe(self, each: Pass) -> None:
         """``each`` was stopped and wants back in. With the mutex held."""
@@ -415,6 +496,8 @@ class Gate:
         try:
             for each in inside:
                 each.kick()
+            if self._assist is not None:
+                self._assist.kick()
             waiter = _Waiter()
             with self._mutex:
                 if self._inside:
@@ -436,6 +519,10 @@ class Gate:
             inside = self._all_inside()
         for each in inside:
             each.kick()
+        if inside and self._assist is not None:
+            self._assist.kick()
+        self._torn = True  # for all we know: nobody is to wait until this hold is over
+        self._changed.set()
 
     def _close(self) -> None:
         """One hold more. With the mutex held."""
@@ -449,11 +536,16 @@ class Gate:
     @trio.lowlevel.enable_ki_protection
     def release(self) -> None:
         """Take back one hold; the last one lets the vCPUs back in."""
+        if self._holds == 1 and self._assist is not None:
+            self._assist.resume()
         with self._mutex:
             assert self._holds, "release() without hold()"
             self._holds -= 1
             if self._holds:
+                if self._holds == self._pauses:
+                    self._changed.set()
                 return
+            self._torn = False
             parked = self._parked
             self._parked = []
             for each in parked:
@@ -461,6 +553,81 @@ class Gate:
                 self._owe(each)
             for each in parked:
                 each._parking.release()
+
+    # ---- pauses ---------------------------------------------------------------------------
+
+    def pausing(self, *, wait: bool = True) -> Pausing:
+        """`pause` and `unpause` as an async context manager."""
+        return Pausing(self, wait)
+
+    @trio.lowlevel.enable_ki_protection
+    async def pause(self, *, wait: bool = True) -> None:
+        """A hold in which nothing changes; each vCPU is after an instruction.
+
+        Args:
+            wait: Whether to wait until no bracket is in force. Where the caller is
+                part of one, it would wait for itself; instructions are then left
+                unfinished until somebody looks.
+        """
+        await self.hold()
+        self._pauses += 1
+        if self.quiet:
+            self._changed.set()  # another pause may have taken this hold for a bracket's
+        try:
+            await self._gather()
+            while self.changing and wait and not self._torn:
+                if self._changed.is_set():
+                    self._changed = trio.Event()
+                await self._changed.wait()
+                await self._gather()
+        except BaseException:
+            self.unpause()
+            raise
+        if self.quiet:
+            for each in tuple(self._passes):
+                each._finish()
+
+    @trio.lowlevel.enable_ki_protection
+    def unpause(self) -> None:
+        """Take back one `pause`."""
+        assert self._pauses, "unpause() without pause()"
+        self._pauses -= 1
+        self.release()
+
+    @staticmethod
+    def depart(each: Pass) -> None:
+        """The vCPU's thread is given the word, and will come to the gate."""
+        each.working = True
+
+    def rest(self, each: Pass) -> None:
+        """The vCPU's thread is idle. Called on trio's thread, as all that waits for it is."""
+        each.working = False
+        if self._waiters_still:
+            with self._mutex:
+                self._wake_if_still()
+
+    async def _gather(self) -> None:
+        """In a hold: wait until each thread is at the gate, or idle."""
+        waiter = _Waiter()
+        with self._mutex:
+            if not self._roaming():
+                return
+            self._waiters_still.append(waiter)
+        if not waiter.lock.acquire(timeout=_BLOCK):
+            what = "come to the gate"
+            await self._wait_in_trio(waiter, self._waiters_still, self._roaming, what)
+
+    def _roaming(self) -> list[Pass]:
+        return [each for each in tuple(self._passes) if each.working and not each._parked]
+
+    def _wake_if_still(self) -> None:
+        """With the mutex held."""
+        if self._waiters_still and not self._roaming():
+            for waiter in self._waiters_still:
+                waiter.wake()
+            self._waiters_still.clear()
+
+    # ---- waiting --------------------------------------------------------------------------
 
     def _all_inside(self) -> list[Pass]:
         return [each for each in tuple(self._passes) if each.inside] if self._inside else []
@@ -535,3 +702,22 @@ class Holding:
     @trio.lowlevel.enable_ki_protection
     async def __aexit__(self, *_: object) -> None:
         self._gate.release()
+
+
+class Pausing:
+    """``async with gate.pausing():`` no vCPU is inside or in the middle of an instruction."""
+
+    __slots__ = ("_gate", "_wait")
+
+    def __init__(self, gate: Gate, wait: bool) -> None:
+        """Use `Gate.pausing`."""
+        self._gate = gate
+        self._wait = wait
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> None:
+        await self._gate.pause(wait=self._wait)
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(self, *_: object) -> None:
+        self._gate.unpause()

@@ -76,6 +76,9 @@ MIN_RUN = 50_000
 # a CPU of its own a thread needs about 50 us. Looking on is a busy wait, because
 # to block is to give up the CPU: to a vCPU that then keeps it for a whole slice.
 _LOOK_ON = 150_000
+# How long, in seconds, somebody who looks at a vCPU in a pause waits for a thread that
+# was sent to the gate just now. It needs microseconds, unless CPUs are short.
+_ARRIVE = 0.2
 # How many brackets in a row a vCPU may be found waiting for a CPU.
 PATIENCE = 4
 
@@ -160,11 +163,6 @@ class Pass:
             self._kicked_since, self._tries = self.entered_at, 0
         self._tries += 1
         self._kick()
-
-    @property
-    def parked(self) -> bool:
-        """Whether its thread is blocked at the gate."""
-        return self._parked
 
     def describe(self) -> str:
         """The name, and what it is doing as far as is known."""
@@ -256,8 +254,9 @@ class Gate:
         self._min_run = min_run
         self._assist = assist
         self._holds = 0
-        self._pauses = 0  # how many of the holds change nothing
-        self._changed = trio.Event()  # set, and replaced, when the other holds are over
+        self._changes = 0  # how many of the holds are in force, and no pauses
+        self._pauses = 0  # how many of them are pauses that have begun
+        self._changed: trio.Event | None = None  # set when there are no changes any more
         self._torn = False
         self._passes: dict[Pass, None] = {}
         self._inside = 0
@@ -279,13 +278,16 @@ class Gate:
 
     @property
     def changing(self) -> bool:
-        """Whether somebody holds it who may be changing what guests see (rule B5)."""
-        return self._holds > self._pauses
+        """Whether somebody holds it who may be changing what guests see (rule B5).
+
+        Not yet while vCPUs are still being waited for: nothing is changed then.
+        """
+        return self._changes > 0
 
     @property
     def quiet(self) -> bool:
-        """Whether it is held by pauses alone."""
-        return 0 < self._holds == self._pauses
+        """Whether it is paused and nobody changes anything: a time to look at vCPUs."""
+        return self._pauses > 0 and not self._changes
 
     def statistics(self) -> GateStatistics:
         """What the gate has done so far."""
@@ -491,6 +493,7 @@ class Gate:
             self._hold_count += self._holds == 1
             inside = self._all_inside()
         if not inside:
+            self._changes += 1
             return
         began = time.perf_counter_ns()
         try:
@@ -507,8 +510,9 @@ class Gate:
             if not waiter.done and not waiter.lock.acquire(timeout=_BLOCK):
                 await self._wait_in_trio(waiter, self._waiters_out, self._all_inside)
         except BaseException:
-            self.release()
+            self._open()
             raise
+        self._changes += 1
         self._waits.add(time.perf_counter_ns() - began)
 
     @trio.lowlevel.enable_ki_protection
@@ -517,12 +521,19 @@ class Gate:
         with self._mutex:
             self._close()
             inside = self._all_inside()
+        self._changes += 1
         for each in inside:
             each.kick()
         if inside and self._assist is not None:
             self._assist.kick()
         self._torn = True  # for all we know: nobody is to wait until this hold is over
-        self._changed.set()
+        self._unchanging()
+
+    def _unchanging(self) -> None:
+        """Pauses are to wait no longer."""
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
     def _close(self) -> None:
         """One hold more. With the mutex held."""
@@ -536,16 +547,21 @@ class Gate:
     @trio.lowlevel.enable_ki_protection
     def release(self) -> None:
         """Take back one hold; the last one lets the vCPUs back in."""
+        assert self._changes, "release() without hold()"
+        self._changes -= 1
+        if not self._changes:
+            self._torn = False
+            self._unchanging()
+        self._open()
+
+    def _open(self) -> None:
+        """One hold less."""
         if self._holds == 1 and self._assist is not None:
             self._assist.resume()
         with self._mutex:
-            assert self._holds, "release() without hold()"
             self._holds -= 1
             if self._holds:
-                if self._holds == self._pauses:
-                    self._changed.set()
                 return
-            self._torn = False
             parked = self._parked
             self._parked = []
             for each in parked:
@@ -570,19 +586,20 @@ class Gate:
                 unfinished until somebody looks.
         """
         await self.hold()
-        self._pauses += 1
-        if self.quiet:
-            self._changed.set()  # another pause may have taken this hold for a bracket's
+        self._changes -= 1
         try:
-            await self._gather()
-            while self.changing and wait and not self._torn:
-                if self._changed.is_set():
-                    self._changed = trio.Event()
-                await self._changed.wait()
-                await self._gather()
+            # Meanwhile another task may begin a bracket, or send a vCPU to the gate.
+            while (roaming := self._roaming()) or (self.changing and wait and not self._torn):
+                if roaming:
+                    await self._gather()
+                else:
+                    if self._changed is None:
+                        self._changed = trio.Event()
+                    await self._changed.wait()
         except BaseException:
-            self.unpause()
+            self._open()
             raise
+        self._pauses += 1
         if self.quiet:
             for each in tuple(self._passes):
                 each._finish()
@@ -592,7 +609,17 @@ class Gate:
         """Take back one `pause`."""
         assert self._pauses, "unpause() without pause()"
         self._pauses -= 1
-        self.release()
+        self._open()
+
+    @staticmethod
+    def arrives(each: Pass) -> bool:
+        """In a pause: whether the vCPU's thread is at the gate, or gets there in a moment."""
+        deadline = time.monotonic() + _ARRIVE
+        while not each._parked:
+            if each._stopping or time.monotonic() > deadline:
+                return False
+            time.sleep(0)
+        return True
 
     @staticmethod
     def depart(each: Pass) -> None:

@@ -182,7 +182,7 @@ class VcpuRunner:
                 f"{what} of {self.name} outside trio's thread: call it there, "
                 f"with trio.from_thread.run_sync"
             )
-        if self._working and not (self._pass.parked and self._gate.quiet):
+        if self._working and not (self._gate.quiet and self._gate.arrives(self._pass)):
             raise VcpuBusyError(
                 f"{what} while {self.name} runs: do it inside 'async with vm.paused()', cancel "
                 f"its run() first, or do it in a handler of its own access, where registers can "

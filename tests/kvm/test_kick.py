@@ -255,6 +255,7 @@ async def test_b4_nested_holds_kick_once(kernel: Kernel, ioctls: KickIoctls) -> 
     kernel.wait_for("kick")
     finish(ioctls)
     ioctls.kick()
+    finish(ioctls)
     ioctls.resume()
     ioctls.resume()
     finish(ioctls)
@@ -468,18 +469,17 @@ async def test_b13_the_kick_waits_for_a_stranger(
             ticks += 1
             await trio.lowlevel.checkpoint()
 
-    try:
-        async with stranger.open() as other, rig.open() as vm:
-            foreign = await stranger.boot(other, Deaf(leave))
-            vcpu = await rig.boot(vm, Read(WINDOW, 4), loop=True)
-            spinning = await rig.boot(vm, instruction, loop=True)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(foreign.run)
-                await stranger.wait_inside(other)
-                await trio.to_thread.run_sync(stranger.fake_vcpu(foreign).wait_inside)
-                nursery.start_soon(vcpu.run)
-                nursery.start_soon(spinning.run)
-                nursery.start_soon(tick)
+    async with stranger.open() as other, rig.open() as vm:
+        foreign = await stranger.boot(other, Deaf(leave))
+        vcpu = await rig.boot(vm, Read(WINDOW, 4), loop=True)
+        spinning = await rig.boot(vm, instruction, loop=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(foreign.run)
+            await trio.to_thread.run_sync(stranger.fake_vcpu(foreign).wait_inside)
+            nursery.start_soon(vcpu.run)
+            nursery.start_soon(spinning.run)
+            nursery.start_soon(tick)
+            try:
                 with trio.fail_after(LONG_ENOUGH):
                     for _ in range(20):
                         await rig.wait_inside(vm, 2)
@@ -491,15 +491,15 @@ async def test_b13_the_kick_waits_for_a_stranger(
                     # The one kick that was asked for waits to this moment.
                     assert made(fake, KICK, vm=1) == 0
                     assert len(kick_threads()) == 2
-                    spins = rig.fake_vcpu(spinning).statistics().spins
-                    assert spins <= 2  # one entry may have met the flag, not the 21st
+                    # One entry may have met the kernel's flag, and not all those after it.
+                    assert rig.fake_vcpu(spinning).statistics().spins <= 1
                     leave.set()
                     async with vm.paused():
                         await until(lambda: made(fake, KICK, vm=1) >= 1)
                     await rig.wait_rounds(vcpu, 2)
-                nursery.cancel_scope.cancel()
-    finally:
-        leave.set()
+            finally:
+                leave.set()
+            nursery.cancel_scope.cancel()
 
 
 async def test_b15_late_flags_in_a_vm() -> None:

@@ -415,11 +415,13 @@ async def test_paused_waits_for_a_commit(rig: Rig) -> None:
                 ops.go.set()  # which ends at the gate
                 nursery.start_soon(pause)
                 nursery.start_soon(pause)  # and they do not wait for each other
-                await trio.testing.wait_all_tasks_blocked()
-                assert order == []
-                with pytest.raises(VcpuBusyError):
-                    vcpu.get_regs()
-                listener.go.set()
+                try:
+                    await trio.testing.wait_all_tasks_blocked()
+                    assert order == []
+                    with pytest.raises(VcpuBusyError):
+                        vcpu.get_regs()
+                finally:
+                    listener.go.set()  # what is committed cannot be cancelled
         listener.armed = False
         await rig.memory.unregister(listener, rig.space)
     assert order == ["committed", "paused", "paused"]

@@ -182,8 +182,10 @@ async def test_b1_nobody_gets_in_while_it_is_held(gate: Gate, spawn: Spawn) -> N
     gate.release()
     first.wait_inside()
     second.wait_inside()
-    assert log[:4] == ["in a", "kick a", "out a", "release"]
-    assert sorted(log[4:]) == ["in a", "in b"]
+    released = log.index("release")
+    # Where CPUs are short it is kicked more than once.
+    assert list(dict.fromkeys(log[:released])) == ["in a", "kick a", "out a"]
+    assert sorted(log[released + 1 :]) == ["in a", "in b"]
 
 
 async def test_b2_kicked_again_until_out(gate: Gate, spawn: Spawn) -> None:
@@ -220,7 +222,7 @@ async def test_b3_all_are_kicked_before_any_is_awaited(gate: Gate, spawn: Spawn)
     with trio.fail_after(LONG_ENOUGH):
         await gate.hold()
     first_out = min(log.index(f"out {name}") for name in names)
-    assert sorted(log[:first_out]) == [f"kick {name}" for name in names]
+    assert sorted(set(log[:first_out])) == [f"kick {name}" for name in names]
     all_kicked.abort()
     for guest in guests:
         guest.leaves = lambda: None

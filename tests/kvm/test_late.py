@@ -71,9 +71,9 @@ async def test_b8_a_deaf_vcpu(
                 nursery.cancel_scope.cancel()
     finally:
         leave.set()
-    found = [WARNING.fullmatch(each.getMessage()) for each in caplog.records]
-    matches = [each for each in found if each is not None]
-    assert len(matches) == len(found) == late >= 3
+    matches = warnings(caplog)
+    assert len(matches) >= 3
+    assert late >= 3
     assert {each[1] for each in matches} == {last}
     times, kicks = [float(each[2]) for each in matches], [int(each[3]) for each in matches]
     assert times == sorted(times)
@@ -81,10 +81,16 @@ async def test_b8_a_deaf_vcpu(
     assert {each.levelno for each in caplog.records} == {logging.WARNING}
 
 
+def warnings(caplog: pytest.LogCaptureFixture) -> list[re.Match[str]]:
+    """Those about a vCPU in the guest: so impatient a gate complains of all sorts of things."""
+    found = (WARNING.fullmatch(each.getMessage()) for each in caplog.records)
+    return [each for each in found if each is not None]
+
+
 async def _leave_after(
     count: int, caplog: pytest.LogCaptureFixture, leave: threading.Event
 ) -> None:
-    await until(lambda: len(caplog.records) >= count)
+    await until(lambda: len(warnings(caplog)) >= count)
     leave.set()
 
 
@@ -102,8 +108,7 @@ async def test_b8_signals_are_lost(caplog: pytest.LogCaptureFixture) -> None:
                     assert fake.statistics().signals_lost == 30
                     assert fake.statistics().kicks > 30
             nursery.cancel_scope.cancel()
-    (last,) = [WARNING.fullmatch(each.getMessage()) for each in caplog.records][-1:]
-    assert last is not None
+    last = warnings(caplog)[-1]
     assert last[1] == "for the first time"
     assert 1 <= int(last[3]) <= 31
 

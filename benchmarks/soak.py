@@ -6,6 +6,7 @@ and wrong values, and ten times a second says how far each vCPU is.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -68,7 +69,7 @@ def demo(settings: Settings) -> list[Figure]:
     settled = samples[len(samples) // 20 :]
     least = [
         min(now - before for before, now in zip(one.passes, two.passes, strict=True))
-        for one, two in zip(settled, settled[1:], strict=False)
+        for one, two in itertools.pairwise(settled)
     ]
     n = result.transactions
     return [

@@ -364,6 +364,9 @@ class Steps:
 
     def clear_kick(self) -> None: ...
 
+    def settled(self, *, abandon: bool = False) -> bool:
+        return True
+
     def settle(self, *, abandon: bool = False) -> None: ...
 
     def describe(self) -> str:

@@ -36,7 +36,7 @@ class Toy:
         self.inside = threading.Event()
         self.kicked = threading.Event()
         self.kicks = 0
-        self.settled = 0
+        self.settles = 0
         self.threads: set[int] = set()
 
     def enter(self) -> bool:
@@ -70,8 +70,12 @@ class Toy:
     def clear_kick(self) -> None:
         self.kicked.clear()
 
-    def settle(self, *, abandon: bool = False) -> None:
-        self.settled += 1
+    def settled(self, *, abandon: bool = False) -> bool:
+        return True
+
+    def settle(self, *, abandon: bool = False) -> object:
+        self.settles += 1
+        return None
 
     def describe(self) -> str:
         return "toying"
@@ -332,6 +336,152 @@ async def test_check_idle(make: Make) -> None:
     await runner.aclose()
     with pytest.raises(trio.ClosedResourceError, match="vcpu 0 is closed"):
         runner.check_idle("afterwards")
+
+
+# ---- pauses -----------------------------------------------------------------------------------
+
+
+class Half(Toy):
+    """Has half an instruction left, whose other half is what `settle` returns or raises.
+
+    Args:
+        rest: What comes of it.
+        steps: As for `Toy`.
+    """
+
+    def __init__(self, rest: object, *steps: object) -> None:
+        super().__init__(*steps)
+        self.rest = rest
+        self.is_settled = False
+
+    def settled(self, *, abandon: bool = False) -> bool:
+        return self.is_settled
+
+    def settle(self, *, abandon: bool = False) -> object:
+        if self.is_settled:
+            return None
+        self.is_settled = True
+        self.settles += 1
+        if isinstance(self.rest, BaseException):
+            raise self.rest
+        return None if abandon else self.rest
+
+
+@pytest.mark.parametrize(
+    "rest", [None, "rest", Serve(trio.lowlevel.checkpoint), ValueError("rest")]
+)
+async def test_a_pause_finishes_at_the_gate(gate: Gate, rest: object) -> None:
+    """What comes of finishing an instruction in a pause is an outcome of the run it is part of."""
+    toy = Half(rest, SPIN, "out")
+    runner = VcpuRunner("vcpu 0", toy, gate)
+    outcomes: list[object] = []
+
+    async def run() -> None:
+        try:
+            outcomes.append(await runner.run())
+        except ValueError as error:
+            outcomes.append(error)
+
+    with trio.fail_after(LONG_ENOUGH):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await toy.wait_inside()
+            async with gate.pausing():
+                assert toy.settles == 1
+                assert outcomes == []
+                toy.steps.popleft()  # SPIN
+                runner.check_idle("in a pause")
+                assert toy.settles == 1
+        passed_over = rest is None or isinstance(rest, Serve)
+        assert outcomes == ["out" if passed_over else rest]
+        await runner.aclose()
+
+
+async def test_changing_in_a_pause_gives_up_the_rest(gate: Gate) -> None:
+    """A change of registers in a pause gives up half an instruction, and what came of it."""
+    toy = Half("rest", SPIN, "out")
+    runner = VcpuRunner("vcpu 0", toy, gate)
+    outcomes: list[object] = []
+
+    async def run() -> None:
+        outcomes.append(await runner.run())
+
+    with trio.fail_after(LONG_ENOUGH):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await toy.wait_inside()
+            async with gate.pausing():
+                toy.steps.popleft()
+                toy.is_settled = False  # as after one access more
+                runner.check_idle("in a pause", changes=True)
+        assert toy.settles == 2
+        assert outcomes == ["out"]
+        toy.rest, toy.is_settled = ValueError("cannot be given up"), False
+        with pytest.raises(ValueError, match="cannot be given up"):
+            runner.check_idle("afterwards", changes=True)
+        await runner.aclose()
+
+
+class AtReschedule(trio.abc.Instrument):
+    """Calls something at the moment when a task is made ready to run."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call = call
+        self.task: trio.lowlevel.Task | None = None
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        if task is self.task:
+            self.call()
+
+
+async def test_changing_while_run_is_about_to_return(make: Make) -> None:
+    """Between an outcome and its run() state cannot be changed, or the outcome would be lost."""
+    refused: list[str] = []
+    runner: VcpuRunner
+    toy, runner = make(LINGER, "out")
+
+    def look() -> None:
+        runner.check_idle("peeking")
+        try:
+            runner.check_idle("poking", changes=True)
+        except VcpuBusyError as error:
+            refused.append(str(error))
+
+    instrument = AtReschedule(look)
+    outcomes: list[object] = []
+
+    async def run() -> None:
+        instrument.task = trio.lowlevel.current_task()
+        outcomes.append(await runner.run())
+
+    trio.lowlevel.add_instrument(instrument)
+    try:
+        with trio.fail_after(LONG_ENOUGH):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run)
+                await toy.wait_inside()
+                toy.kick()
+    finally:
+        trio.lowlevel.remove_instrument(instrument)
+    assert outcomes == ["out"]
+    assert refused == ["poking while run() of vcpu 0 is about to return: do it afterwards"]
+
+
+async def test_b5_cancelled_in_a_bracket(gate: Gate) -> None:
+    """B5: a run that is cancelled while something changes is not finished; it is afterwards."""
+    toy = Half("rest", "out")
+    runner = VcpuRunner("vcpu 0", toy, gate)
+    async with gate.holding():
+        assert await run_and_cancel(runner, trio.testing.wait_all_tasks_blocked) is None
+        assert toy.settles == 0
+        for changes in (False, True):
+            with pytest.raises(VcpuBusyError, match="a transaction is being committed"):
+                runner.check_idle("peeking", changes=changes)
+    async with gate.pausing():
+        assert toy.settles == 1
+    assert await runner.run() == "rest"
+    assert await runner.run() == "out"
+    await runner.aclose()
 
 
 # ---- the end -----------------------------------------------------------------------------------

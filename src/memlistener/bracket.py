@@ -23,6 +23,17 @@ A bracket is `Gate.hold` ... `Gate.release`:
 4. B2, B8: whoever does not come out is kicked again, and after a deadline named
    in a warning, again and again. The bracket neither gives up nor goes on.
 
+Where something can kick all vCPUs at once (rule B15), it is an `Assist`: told
+after the gate is closed and all have been kicked, and before the gate opens. It
+is never waited for, since who is inside is counted here.
+
+A `Gate.pause` is a hold in which nothing changes: for those who want to look.
+Brackets keep vCPUs outside while memory changes under them, so that what reads
+it has to wait (rule B5). A pause waits for the brackets of others, then until each
+vCPU's thread is at the gate or idle, and has every vCPU finish the instruction
+whose access was served. It does not wait for a handler that a task awaits: that
+may be the very one who pauses, or be waiting for him.
+
 How the waiting is done. A vCPU comes out within microseconds, while going
 through trio's event loop and back costs some fifty. So the trio thread blocks
 on a lock for a moment (`_BLOCK`; the GIL is released, and no vCPU needs the trio
@@ -41,6 +52,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import attrs
 import trio
@@ -65,8 +77,27 @@ MIN_RUN = 50_000
 # a CPU of its own a thread needs about 50 us. Looking on is a busy wait, because
 # to block is to give up the CPU: to a vCPU that then keeps it for a whole slice.
 _LOOK_ON = 150_000
+# How long, in seconds, somebody who looks at a vCPU in a pause waits for a thread that
+# was sent to the gate just now. It needs microseconds, unless CPUs are short.
+_ARRIVE = 0.2
 # How many brackets in a row a vCPU may be found waiting for a CPU.
 PATIENCE = 4
+
+
+class Assist(Protocol):
+    """Kicks all vCPUs at once, beside the kick that each has. Never waits or raises."""
+
+    def kick(self) -> None:
+        """The gate is closed, and whoever is inside was kicked."""
+        ...
+
+    def resume(self) -> None:
+        """The gate is about to open."""
+        ...
+
+    def stray(self) -> None:
+        """A vCPU was kicked out with the gate open. Called on its thread."""
+        ...
 
 
 class Pass:
@@ -76,22 +107,28 @@ class Pass:
         name: For people.
         inside: Whether it may be executing guest code.
         kicks: How often it was kicked.
+        working: Whether its thread has the word: is inside, at the gate or on its
+            way. Kept by who owns the thread, with `Gate.depart` and `Gate.rest`.
     """
 
     __slots__ = (
         "_clear_kick",
         "_describe",
+        "_finish",
         "_instruments",
         "_kick",
+        "_kicked_since",
         "_missed",
         "_owed",
         "_parked",
         "_parking",
         "_stopping",
+        "_tries",
         "entered_at",
         "inside",
         "kicks",
         "name",
+        "working",
     )
 
     def __init__(
@@ -100,17 +137,22 @@ class Pass:
         kick: Callable[[], None],
         clear_kick: Callable[[], None],
         describe: Callable[[], str],
+        finish: Callable[[], None],
         instruments: Instruments,
     ) -> None:
         """Use `Gate.add`."""
         self.name = name
         self.inside = False
+        self.working = False
         self.kicks = 0
         self.entered_at = 0
         self._kick = kick
         self._clear_kick = clear_kick
         self._describe = describe
         self._instruments = instruments
+        self._finish = finish
+        self._kicked_since = 0
+        self._tries = 0
         self._stopping = False
         self._owed = False
         self._missed = 0
@@ -121,6 +163,9 @@ class Pass:
     def kick(self) -> None:
         """Ask it to come out. Never blocks, cannot be lost, may come late."""
         self.kicks += 1
+        if self._kicked_since != self.entered_at:  # counted here, so that entering costs nothing
+            self._kicked_since, self._tries = self.entered_at, 0
+        self._tries += 1
         tell = self._instruments.kicked
         if tell is None:
             self._kick()
@@ -132,7 +177,13 @@ class Pass:
     def describe(self) -> str:
         """The name, and what it is doing as far as is known."""
         if self.inside:
-            return f"{self.name} ({self._describe()})"
+            entered_at = self.entered_at
+            tries = self._tries if self._kicked_since == entered_at else 0
+            seconds = (time.perf_counter_ns() - entered_at) / 1e9
+            return (
+                f"{self.name} ({self._describe()}; inside for {seconds:.3f} s, "
+                f"kicked {tries} time{'' if tries == 1 else 's'})"
+            )
         return f"{self.name} ({'on its way back in' if self._owed else 'in a device handler'})"
 
 
@@ -196,6 +247,7 @@ class Gate:
         patience: How many brackets in a row may find a stopped vCPU still on its
             way back in, before one waits for it. 0: every bracket waits for all.
         min_run: Nanoseconds that a vCPU is left inside at least.
+        assist: What kicks all vCPUs at once, if anything does.
 
     Attributes:
         instruments: Who watches it, and what happens around it.
@@ -207,13 +259,19 @@ class Gate:
         deadline: float = DEADLINE,
         patience: int = PATIENCE,
         min_run: int = MIN_RUN,
+        assist: Assist | None = None,
     ) -> None:
         self.instruments = Instruments()
         self._mutex = threading.Lock()
         self._deadline = deadline
         self._patience = patience
         self._min_run = min_run
+        self._assist = assist
         self._holds = 0
+        self._changes = 0  # how many of the holds are in force, and no pauses
+        self._pauses = 0  # how many of them are pauses that have begun
+        self._changed: trio.Event | None = None  # set when there are no changes any more
+        self._torn = False
         self._passes: dict[Pass, None] = {}
         self._inside = 0
         self._parked: list[Pass] = []
@@ -222,6 +280,7 @@ class Gate:
         self._waiters_owed: list[_Waiter] = []
         self._kicked_at = 0  # in this bracket, the first; 0: nobody was inside
         self._quiesced = False  # instruments know that nobody is inside
+        self._waiters_still: list[_Waiter] = []
         self._waits = Histogram()
         self._turns = Histogram()
         self._hold_count = 0
@@ -232,6 +291,19 @@ class Gate:
     def held(self) -> bool:
         """Whether vCPUs are kept out."""
         return self._holds > 0
+
+    @property
+    def changing(self) -> bool:
+        """Whether somebody holds it who may be changing what guests see (rule B5).
+
+        Not yet while vCPUs are still being waited for: nothing is changed then.
+        """
+        return self._changes > 0
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it is paused and nobody changes anything: a time to look at vCPUs."""
+        return self._pauses > 0 and not self._changes
 
     def statistics(self) -> GateStatistics:
         """What the gate has done so far."""
@@ -258,6 +330,7 @@ class Gate:
         kick: Callable[[], None],
         clear_kick: Callable[[], None],
         describe: Callable[[], str] = lambda: "in guest code",
+        finish: Callable[[], None] = lambda: None,
     ) -> Pass:
         """A new vCPU. While the gate is held it will wait at it.
 
@@ -268,8 +341,11 @@ class Gate:
             clear_kick: Forgets a kick that came too late. Called on the vCPU's
                 thread, just before it goes inside.
             describe: Says what the vCPU is doing, for the warning of rule B8.
+            finish: Completes what its last exit began, so that its registers are
+                those of after the instruction. Called in a `pause`, on trio's
+                thread, with the vCPU's own one at the gate or idle.
         """
-        each = Pass(name, kick, clear_kick, describe, self.instruments)
+        each = Pass(name, kick, clear_kick, describe, finish, self.instruments)
         with self._mutex:
             self._passes[each] = None
         return each
@@ -281,6 +357,8 @@ class Gate:
             if self._passes.pop(each, 0) is None:
                 self._kick_count += each.kicks
             self._forgive(each)
+            each.working = False
+            self._wake_if_still()
 
     # ---- the vCPU's thread --------------------------------------------------------
 
@@ -304,6 +382,7 @@ class Gate:
                     return True
                 each._parked = True
                 self._parked.append(each)
+                self._wake_if_still()
             each._parking.acquire()
 
     def leave(self, each: Pass, *, returning: bool = False) -> None:
@@ -315,15 +394,19 @@ class Gate:
                 kicked out for no reason of its own: then the next bracket has
                 to let it in first (rule B14).
         """
+        stray = False
         with self._mutex:
             each.inside = False
             self._inside -= 1
             if returning and not each._stopping:
                 self._owe(each)
+                stray = not self._holds
             if not self._inside and self._waiters_out:
                 for waiter in self._waiters_out:
                     waiter.wake()
                 self._waiters_out.clear()
+        if stray and self._assist is not None:
+            self._assist.stray()
 
     def _owe(self, each: Pass) -> None:
         """``each`` was stopped and wants back in. With the mutex held."""
@@ -429,6 +512,7 @@ class Gate:
             inside = self._all_inside()
         self._tell_begin(reason, waited)
         if not inside:
+            self._changes += 1
             self._tell_quiesced()
             return
         began = time.perf_counter_ns()
@@ -436,6 +520,8 @@ class Gate:
         try:
             for each in inside:
                 each.kick()
+            if self._assist is not None:
+                self._assist.kick()
             waiter = _Waiter()
             with self._mutex:
                 if self._inside:
@@ -445,8 +531,9 @@ class Gate:
             if not waiter.done and not waiter.lock.acquire(timeout=_BLOCK):
                 await self._wait_in_trio(waiter, self._waiters_out, self._all_inside)
         except BaseException:
-            self.release()
+            self._open()
             raise
+        self._changes += 1
         self._waits.add(time.perf_counter_ns() - began)
         self._tell_quiesced()
 
@@ -456,11 +543,22 @@ class Gate:
         with self._mutex:
             self._close()
             inside = self._all_inside()
+        self._changes += 1
         self._tell_begin(reason, 0)
         if inside:
             self._kicked_at = self._kicked_at or time.perf_counter_ns()
         for each in inside:
             each.kick()
+        if inside and self._assist is not None:
+            self._assist.kick()
+        self._torn = True  # for all we know: nobody is to wait until this hold is over
+        self._unchanging()
+
+    def _unchanging(self) -> None:
+        """Pauses are to wait no longer."""
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
     def _close(self) -> None:
         """One hold more. With the mutex held."""
@@ -490,9 +588,19 @@ class Gate:
     @trio.lowlevel.enable_ki_protection
     def release(self) -> None:
         """Take back one hold; the last one lets the vCPUs back in."""
+        assert self._changes, "release() without hold()"
+        self._changes -= 1
+        if not self._changes:
+            self._torn = False
+            self._unchanging()
+        self._open()
+
+    def _open(self) -> None:
+        """One hold less."""
+        if self._holds == 1 and self._assist is not None:
+            self._assist.resume()
         tell = self.instruments.resumed
         with self._mutex:
-            assert self._holds, "release() without hold()"
             at = 0 if tell is None else time.perf_counter_ns()  # nobody is inside yet
             self._holds -= 1
             if self._holds:
@@ -506,6 +614,92 @@ class Gate:
                 each._parking.release()
         if tell is not None:
             tell(at)
+
+    # ---- pauses ---------------------------------------------------------------------------
+
+    def pausing(self, *, wait: bool = True) -> Pausing:
+        """`pause` and `unpause` as an async context manager."""
+        return Pausing(self, wait)
+
+    @trio.lowlevel.enable_ki_protection
+    async def pause(self, *, wait: bool = True) -> None:
+        """A hold in which nothing changes; each vCPU is after an instruction.
+
+        Args:
+            wait: Whether to wait until no bracket is in force. Where the caller is
+                part of one, it would wait for itself; instructions are then left
+                unfinished until somebody looks.
+        """
+        await self.hold("paused")
+        self._changes -= 1
+        try:
+            # Meanwhile another task may begin a bracket, or send a vCPU to the gate.
+            while (roaming := self._roaming()) or (self.changing and wait and not self._torn):
+                if roaming:
+                    await self._gather()
+                else:
+                    if self._changed is None:
+                        self._changed = trio.Event()
+                    await self._changed.wait()
+        except BaseException:
+            self._open()
+            raise
+        self._pauses += 1
+        if self.quiet:
+            for each in tuple(self._passes):
+                each._finish()
+
+    @trio.lowlevel.enable_ki_protection
+    def unpause(self) -> None:
+        """Take back one `pause`."""
+        assert self._pauses, "unpause() without pause()"
+        self._pauses -= 1
+        self._open()
+
+    @staticmethod
+    def arrives(each: Pass) -> bool:
+        """In a pause: whether the vCPU's thread is at the gate, or gets there in a moment."""
+        deadline = time.monotonic() + _ARRIVE
+        while not each._parked:
+            if each._stopping or time.monotonic() > deadline:
+                return False
+            time.sleep(0)
+        return True
+
+    @staticmethod
+    def depart(each: Pass) -> None:
+        """The vCPU's thread is given the word, and will come to the gate."""
+        each.working = True
+
+    def rest(self, each: Pass) -> None:
+        """The vCPU's thread is idle. Called on trio's thread, as all that waits for it is."""
+        each.working = False
+        if self._waiters_still:
+            with self._mutex:
+                self._wake_if_still()
+
+    async def _gather(self) -> None:
+        """In a hold: wait until each thread is at the gate, or idle."""
+        waiter = _Waiter()
+        with self._mutex:
+            if not self._roaming():
+                return
+            self._waiters_still.append(waiter)
+        if not waiter.lock.acquire(timeout=_BLOCK):
+            what = "come to the gate"
+            await self._wait_in_trio(waiter, self._waiters_still, self._roaming, what)
+
+    def _roaming(self) -> list[Pass]:
+        return [each for each in tuple(self._passes) if each.working and not each._parked]
+
+    def _wake_if_still(self) -> None:
+        """With the mutex held."""
+        if self._waiters_still and not self._roaming():
+            for waiter in self._waiters_still:
+                waiter.wake()
+            self._waiters_still.clear()
+
+    # ---- waiting --------------------------------------------------------------------------
 
     def _all_inside(self) -> list[Pass]:
         return [each for each in tuple(self._passes) if each.inside] if self._inside else []
@@ -587,3 +781,22 @@ class Holding:
     @trio.lowlevel.enable_ki_protection
     async def __aexit__(self, *_: object) -> None:
         self._gate.release()
+
+
+class Pausing:
+    """``async with gate.pausing():`` no vCPU is inside or in the middle of an instruction."""
+
+    __slots__ = ("_gate", "_wait")
+
+    def __init__(self, gate: Gate, wait: bool) -> None:
+        """Use `Gate.pausing`."""
+        self._gate = gate
+        self._wait = wait
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> None:
+        await self._gate.pause(wait=self._wait)
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(self, *_: object) -> None:
+        self._gate.unpause()

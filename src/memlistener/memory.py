@@ -95,6 +95,11 @@ class MemorySystem(Identity):
         """Why the system refuses further use: what failed while undoing; or None."""
         return self._broken
 
+    @property
+    def delivers_to_us(self) -> bool:
+        """Whether the current task is in a listener's hook, or one that a hook waits for."""
+        return self._delivering and (self._owned() or self._hook_waits())
+
     def create_address_space(
         self, name: str, root: MemoryRegion, *, unassigned_raises: bool = False
     ) -> AddressSpace:

@@ -79,16 +79,21 @@ class Backend(Protocol):
         """
         ...
 
-    def settle(self, *, abandon: bool = False) -> Serve | None:
+    def settled(self, *, abandon: bool = False) -> bool:
+        """Whether `settle` has nothing to do."""
+        ...
+
+    def settle(self, *, abandon: bool = False) -> object:
         """Finish what the last exit began, so that registers are what they seem.
 
-        Called on the trio thread, when the vCPU was stopped and its thread is idle.
+        Called on the trio thread, when the vCPU's own is idle or at a closed gate,
+        and nobody holds it in order to change guest memory's map.
 
         Args:
             abandon: Finish it even where it was not served.
 
         Returns:
-            An access that the same instruction made next, if trio has to serve it.
+            As `handle`: what the same instruction did next, if somebody has to see to it.
         """
         ...
 
@@ -132,7 +137,10 @@ class VcpuRunner:
         self.name = name
         self._backend = backend
         self._gate = gate
-        self._pass = gate.add(name, backend.kick, backend.clear_kick, backend.describe)
+        self._pass = gate.add(
+            name, backend.kick, backend.clear_kick, backend.describe, self._finish
+        )
+        self._home = threading.get_ident()
         self._token = trio.lowlevel.current_trio_token()
         self._go = threading.Semaphore(0)
         self._close_lock = trio.Lock()
@@ -143,6 +151,7 @@ class VcpuRunner:
         self._working = False  # the thread has the word
         self._pending: Serve | None = None
         self._outcome: object = None
+        self._left: object = None  # an outcome for a thread at the gate to report
         self._reported = trio.Event()
         self._waiting: trio.lowlevel.Task | None = None
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
@@ -158,24 +167,35 @@ class VcpuRunner:
         return self._running
 
     def check_idle(self, what: str, *, changes: bool = False) -> None:
-        """Raise where the vCPU's state is not to be touched now.
+        """Raise where the vCPU's state is not to be touched now; else make it what it seems.
 
         It may be read between runs, from a device handler that the vCPU's own
-        exit called, and on its own thread. It may be changed between runs; an
-        access that a handler did not finish is then given up, and so is an exit
-        that no `run` has returned yet.
+        exit called, on its own thread, and in a pause. It may be changed between
+        runs, and in a pause while its thread is at the gate; an access that a
+        handler did not finish is then given up, and so is an exit that no `run`
+        has returned yet.
 
         Raises:
             VcpuBusyError: It runs, or is in the middle of an access.
+            RuntimeError: From a thread that is neither trio's nor its own (rule B5:
+                trio's makes no such call between two ioctls of one commit).
             trio.ClosedResourceError: It is closed.
         """
         if self._closed:
             raise trio.ClosedResourceError(f"{what}: {self.name} is closed")
-        on_its_thread = threading.get_ident() == self._thread.ident
-        if self._working and (changes or not on_its_thread):
+        caller = threading.get_ident()
+        if caller == self._thread.ident and not changes:
+            return
+        if caller not in (self._home, self._thread.ident):
+            raise RuntimeError(
+                f"{what} of {self.name} outside trio's thread: call it there, "
+                f"with trio.from_thread.run_sync"
+            )
+        if self._working and not (self._gate.quiet and self._gate.arrives(self._pass)):
             raise VcpuBusyError(
-                f"{what} while {self.name} runs: cancel its run() first, or do it in a handler "
-                f"of its own access, where registers can be read"
+                f"{what} while {self.name} runs: do it inside 'async with vm.paused()', cancel "
+                f"its run() first, or do it in a handler of its own access, where registers can "
+                f"be read"
             )
         if changes:
             if self._serving:
@@ -183,9 +203,53 @@ class VcpuRunner:
                     f"{what} while an access of {self.name} is being served: the instruction "
                     f"would end by overwriting it; do it when run() has returned"
                 )
-            self._pending = None
-            self._outcome = None
-            self._backend.settle(abandon=True)
+            if self._running and not self._working:
+                raise VcpuBusyError(
+                    f"{what} while run() of {self.name} is about to return: do it afterwards"
+                )
+        self._settle_now(what, changes)
+
+    def _settle_now(self, what: str, changes: bool) -> None:
+        outcome = self._settle(abandon=changes)
+        if not self._backend.settled(abandon=changes):
+            raise VcpuBusyError(
+                f"{what} while {self.name} is in the middle of an instruction, and a transaction "
+                f"is being committed: do it afterwards"
+            )
+        if not changes:
+            self._keep(outcome)
+        elif isinstance(outcome, _Raised):
+            raise outcome.error
+        else:
+            self._pending = self._outcome = self._left = None
+
+    # ---- pauses -------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Complete the instruction whose access was served, in a pause."""
+        self._keep(self._settle())
+
+    def _settle(self, *, abandon: bool = False) -> object:
+        """`Backend.settle`, unless memory is being changed (rule B5); what came of it.
+
+        It enters the guest's processor for a moment, which reads guest memory. What
+        is not done now is done by whoever next wants to see it done.
+        """
+        if self._gate.changing:
+            return None
+        try:
+            return self._backend.settle(abandon=abandon)
+        except BaseException as error:
+            return _Raised(error)
+
+    def _keep(self, outcome: object) -> None:
+        """``outcome`` is for the task in `run`, or for the next one."""
+        if outcome is None:
+            return
+        if self._working:
+            self._left = outcome
+        else:
+            self._outcome = outcome
 
     async def run(self) -> Any:
         """Run the guest until it exits for good; the exit is returned.
@@ -253,6 +317,7 @@ class VcpuRunner:
             return
         self._reported = trio.Event()
         self._gate.allow(self._pass)
+        self._gate.depart(self._pass)
         self._working = True
         self._go.release()
         try:
@@ -263,13 +328,12 @@ class VcpuRunner:
             await self._stop()
             outcome = self._take_outcome()
             if outcome is _STOPPED:
-                self._pending = self._backend.settle()
-            elif isinstance(outcome, Failed | _Raised):
+                outcome = self._settle()
+            if isinstance(outcome, Failed | _Raised):
                 if isinstance(outcome, Failed):
                     self._pending = outcome.again
                 raise outcome.error from outcome.error.__cause__  # what cancelled is its context
-            else:
-                self._outcome = outcome
+            self._outcome = outcome
             raise
 
     def _take_outcome(self) -> object:
@@ -331,6 +395,8 @@ class VcpuRunner:
             kicked = False
             left = 0
             try:
+                if self._left is not None:
+                    break
                 kicked = backend.enter()
                 if instruments.exit is not None:
                     left = time.perf_counter_ns()  # before the gate knows: no bracket yet
@@ -346,7 +412,8 @@ class VcpuRunner:
                     return todo
                 if began:
                     self._tell_served("thread", began)
-        return _STOPPED
+        outcome, self._left = self._left, None
+        return _STOPPED if outcome is None else outcome
 
     def _report(self, outcome: object) -> None:
         # The run may be over, and nobody left to hear it.
@@ -355,6 +422,7 @@ class VcpuRunner:
 
     def _receive(self, outcome: object) -> None:
         self._working = False
+        self._gate.rest(self._pass)
         if outcome is not _ENDED:
             self._outcome = outcome
         self._reported.set()

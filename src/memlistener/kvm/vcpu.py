@@ -95,6 +95,8 @@ class KvmRun:
         # The last exit was an access; it was served, of which KVM does not know yet.
         self._unfinished = self._served = False
         self._errno = 0
+        # What the last exit was: what the handle's mmio() or io() returned, or the result.
+        self._last: tuple[Any, ...] | VcpuExit | None = None
         self.closed = False  # a handler may still be under way when the VM closes
         self.exits = Exits()
         self.kick = handle.kick
@@ -115,7 +117,11 @@ class KvmRun:
         self._errno = error
         return False
 
-    def settle(self, *, abandon: bool = False) -> Serve | None:
+    def settled(self, *, abandon: bool = False) -> bool:
+        """Whether `settle` has nothing to do."""
+        return self.closed or not (self._served or (abandon and self._unfinished))
+
+    def settle(self, *, abandon: bool = False) -> object:
         """Enter KVM_RUN and leave it at once: what was served becomes complete.
 
         KVM writes the result of an access to the guest, and moves on its RIP,
@@ -126,7 +132,7 @@ class KvmRun:
             abandon: Also where the access was not served: registers are about to
                 be set, and the old instruction must not end on top of them.
         """
-        while not self.closed and (self._served or (abandon and self._unfinished)):
+        while not self.settled(abandon=abandon):
             self._handle.kick()
             try:
                 kicked = self.enter()
@@ -138,15 +144,13 @@ class KvmRun:
                 self._unfinished = True
                 continue
             todo = self.handle()
-            if isinstance(todo, Failed):
-                raise todo.error
-            if isinstance(todo, Serve):
+            if todo is not None:
                 return todo
         return None
 
     def describe(self) -> str:
         """What the vCPU is doing, for a warning that it does not stop."""
-        return "in KVM_RUN"
+        return f"in KVM_RUN, {_in_words(self._last)}"
 
     def last_exit(self) -> tuple[str, int | None]:
         """The name of the last exit, and the address or port of an access."""
@@ -175,12 +179,12 @@ class KvmRun:
         if reason == kernel.EXIT_DIRTY_RING_FULL and self._ring_full is not None:
             self.exits.by_reason["DirtyRingFull"] += 1
             return Serve(self._ring_full)  # on trio's thread, where no slot changes meanwhile
-        result = self._handle.terminal_exit()
+        self._last = result = self._handle.terminal_exit()
         self.exits.by_reason[type(result).__name__] += 1
         return result
 
     def _mmio(self, seen: FlatView | None) -> object:
-        addr, size, is_write, data = self._handle.mmio()
+        self._last = addr, size, is_write, data = self._handle.mmio()
         self.exits.by_reason["Mmio"] += 1
         if seen is not None and self._is_hole(seen, addr, is_write):
             self.exits.holes += 1
@@ -204,7 +208,7 @@ class KvmRun:
         return self._serve(serve, space, view, dispatch.on_thread(view, addr, size, is_write))
 
     def _pio(self) -> object:
-        port, size, count, is_out, data = self._handle.io()
+        self._last = port, size, count, is_out, data = self._handle.io()
         self.exits.by_reason["Io"] += 1
         space = self._io
         if space is None:
@@ -301,6 +305,22 @@ class KvmRun:
         return not crooked and each.start <= page and page + PAGE_SIZE <= each.end
 
 
+def _in_words(last: tuple[Any, ...] | VcpuExit | None) -> str:
+    """The last exit, for people."""
+    match last:
+        case None:
+            return "for the first time"
+        case (addr, size, is_write, _):
+            return (
+                f"after an MMIO {'write' if is_write else 'read'} of {size:#x} bytes at {addr:#x}"
+            )
+        case (port, size, count, is_out, _):
+            times = f" {count} times" if count > 1 else ""
+            return f"after {'OUT' if is_out else 'IN'} of {size:#x} bytes{times} at port {port:#x}"
+        case _:
+            return f"after {last}"
+
+
 class Vcpu:
     """A vCPU of a `Vm`. Make one with ``await vm.create_vcpu()``."""
 
@@ -376,13 +396,17 @@ class Vcpu:
     def regs(self) -> Regs:
         """The general registers, live: ``vcpu.regs.rip = 0x1000`` (KVM_GET/SET_REGS).
 
+        They can be used between runs, and inside `Vm.paused` while a task is in
+        `run`. A device handler may read those of the vCPU that called it.
+
         Setting any gives up an access that a cancelled or failed handler left
         unfinished, and an exit that no `run` has returned yet: the vCPU starts
         from what it is set to.
 
         Raises:
-            VcpuBusyError: On use while the vCPU runs; on setting in a handler of
-                an access of its own.
+            VcpuBusyError: On use while the vCPU runs; on setting while an access
+                of its own is being served, or `run` is about to return.
+            RuntimeError: On use outside trio's thread.
         """
         return self._regs
 

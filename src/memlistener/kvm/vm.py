@@ -11,11 +11,12 @@ import attrs
 import trio
 
 from memlistener.address_space import AddressSpace
-from memlistener.bracket import MIN_RUN, Gate, GateStatistics, Holding
+from memlistener.bracket import MIN_RUN, Gate, GateStatistics, Pausing
 from memlistener.errors import KvmUnavailableError, RegionError
 from memlistener.instrument import Instrument
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.dirty_log import RING_ENTRIES, DirtyLogMethod, open_dirty_log
+from memlistener.kvm.kick import KickIoctls
 from memlistener.kvm.listener import (
     KvmBitmapMemoryListener,
     KvmMemoryListener,
@@ -141,12 +142,20 @@ class Vm:
         self._vcpus.append(vcpu)
         return vcpu
 
-    def paused(self) -> Holding:
+    def paused(self) -> Pausing:
         """``async with vm.paused():`` no vCPU executes guest code inside.
 
-        A hold on the gate that brackets use: nests with them and with itself.
+        Registers of all vCPUs can be read, and those of vCPUs that were in guest
+        code set. Memory and registers are as after whole instructions: KVM ends
+        one that accessed a device only when the vCPU is run again, and has been
+        made to. The exception is a vCPU whose access a handler is still at: a
+        handler may itself pause the VM, so it is not waited for, and the registers
+        are those before the instruction.
+
+        A hold on the gate that brackets use: nests with them and with itself. It
+        waits for other tasks' commits to end.
         """
-        return self._gate.holding("paused")
+        return self._gate.pausing(wait=not self._space.memory.delivers_to_us)
 
     def add_instrument(self, instrument: Instrument) -> None:
         """From now on ``instrument`` watches this VM. Nothing happens where it does.
@@ -241,8 +250,17 @@ async def open_vm(
             kvm: kernel.KvmBackend = stack.enter_context(contextlib.closing(_open()))
         else:
             kvm = backend
-        handle = stack.enter_context(contextlib.closing(kvm.create_vm()))
-        gate = Gate(min_run=getattr(kvm, "min_run", MIN_RUN))
+        handle = kvm.create_vm()
+        try:
+            kick = KickIoctls.probe(handle)
+        except BaseException:
+            handle.close()
+            raise
+        if kick is None:
+            stack.callback(handle.close)
+        else:  # closes the handle as soon as no kick is under way
+            stack.push_async_callback(kick.aclose)
+        gate = Gate(min_run=getattr(kvm, "min_run", MIN_RUN), assist=kick)
         for each in instruments:
             gate.instruments.add(each)
         log = open_dirty_log(handle, dirty_log, dirty_ring_entries)

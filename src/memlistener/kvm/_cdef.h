@@ -28,6 +28,7 @@
 #define KVM_CAP_COALESCED_MMIO 15
 #define KVM_CAP_IOEVENTFD 36
 #define KVM_CAP_READONLY_MEM 81
+#define KVM_CAP_IOEVENTFD_NO_LENGTH 100
 #define KVM_CAP_MULTI_ADDRESS_SPACE 118
 #define KVM_CAP_IMMEDIATE_EXIT 136
 #define KVM_CAP_COALESCED_PIO 162
@@ -76,6 +77,17 @@ int ml_set_user_memory_region(int vm, uint32_t slot, uint32_t flags, uint64_t gu
 int ml_get_dirty_log(int vm, uint32_t slot, void *bitmap);
 int ml_kick_all_running_vcpus(int vm);
 int ml_resume_all_kicked_vcpus(int vm);
+
+/* ioeventfds, and writes that the kernel gathers in a ring. */
+#define KVM_IOEVENTFD_FLAG_DATAMATCH ...
+#define KVM_IOEVENTFD_FLAG_PIO ...
+#define KVM_IOEVENTFD_FLAG_DEASSIGN ...
+int ml_ioeventfd(int vm, uint64_t addr, uint32_t len, int fd, uint32_t flags, uint64_t datamatch);
+int ml_register_coalesced_mmio(int vm, uint64_t addr, uint32_t size, uint32_t pio);
+int ml_unregister_coalesced_mmio(int vm, uint64_t addr, uint32_t size, uint32_t pio);
+/* How many entries wait in a ring that has room for so many. */
+uint32_t ml_coalesced_count(const void *ring, uint32_t entries);
+void ml_coalesced_take(void *ring, uint32_t entries, uint32_t count);
 
 /* The signal's number, or -EBUSY when every real-time signal is taken. */
 int ml_install_kick_handler(void);

@@ -7,6 +7,7 @@ errors                 every exception, and when you get which
 core                   pure and synchronous: regions, views, events, access rules
 ram                    RamBlock: host memory
 listener, dispatch     who hears of changes; an access -> a region's ops
+eventfd                EventFd: what a write may signal instead
 bracket                the gate that holds vCPUs while memory changes
 memory                 MemorySystem and transactions; its parts: address_space,
                        pending (what a transaction gathered), delivery (telling
@@ -49,6 +50,7 @@ from memlistener.errors import (
     UnassignedAccessError,
     VcpuBusyError,
 )
+from memlistener.eventfd import EventFd
 from memlistener.iommu import (
     notify_iommu,
     register_iommu_notifier,
@@ -66,6 +68,7 @@ __all__ = [
     "AddressSpace",
     "BrokenMemoryError",
     "DirtyClient",
+    "EventFd",
     "FlatRange",
     "FlatView",
     "IommuAccess",

@@ -262,6 +262,7 @@ class MemorySystem(Identity):
         delivery = Delivery()
         try:
             changes = self._pending.changes(self._dirty_log.mask)
+            self._pending.settle()
             if changes:
                 self._delivering = True
                 for change in changes:

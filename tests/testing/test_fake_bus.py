@@ -251,7 +251,7 @@ def test_what_is_there(vm: FakeVm, fds: Eventfds) -> None:
     assert isinstance(vm.ioeventfds[0], FakeIoEventFd)
     assert vm.coalesced_zones == (FakeZone(0x2000, 0x10, False),)
     vm.close()
-    assert len(vm.ioeventfds) == len(vm.coalesced_zones) == 0
+    assert [*vm.ioeventfds, *vm.coalesced_zones] == []
     assert len(os.listdir("/proc/self/fd")) == open_before
 
 

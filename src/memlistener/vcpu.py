@@ -36,9 +36,12 @@ from memlistener.errors import VcpuBusyError
 
 @attrs.frozen
 class Serve:
-    """An exit that needs the trio thread: what to await before going on."""
+    """An exit that needs the trio thread: what to await before going on.
 
-    call: Callable[[], Awaitable[None]]
+    What it returns, if that is not None, ends the run.
+    """
+
+    call: Callable[[], Awaitable[object]]
 
 
 class Backend(Protocol):
@@ -196,7 +199,9 @@ class VcpuRunner:
         try:
             while True:
                 if self._pending is not None:
-                    await self._serve(self._pending)
+                    ended = await self._serve(self._pending)
+                    if ended is not None:
+                        return ended
                 await self._work()
                 outcome = self._take_outcome()
                 if isinstance(outcome, Serve):
@@ -216,13 +221,14 @@ class VcpuRunner:
         finally:
             self._running = False
 
-    async def _serve(self, pending: Serve) -> None:
+    async def _serve(self, pending: Serve) -> object:
         self._serving = True
         try:
-            await pending.call()
+            ended = await pending.call()
         finally:
             self._serving = False
         self._pending = None
+        return ended
 
     @trio.lowlevel.enable_ki_protection
     async def _work(self) -> None:

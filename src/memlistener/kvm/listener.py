@@ -169,12 +169,6 @@ class KvmMemoryListener(MemoryListener):
         """Refused, as `log_global_start`."""
         raise _unsupported(f"dirty logging of {section!r}")
 
-    def eventfd_add(
-        self, section: MemoryRegionSection, match_data: bool, data: int, eventfd: object
-    ) -> None:
-        """Refused: KVM_IOEVENTFD is not made use of yet."""
-        raise _unsupported(f"an ioeventfd at {section!r}")
-
     def release(self) -> None:
         """Let the vCPUs go, if they are held."""
         if self._holding:

@@ -455,7 +455,7 @@ async def test_k6_for_a_zone_that_goes_without_its_region(rig: Rig) -> None:
             nursery.cancel_scope.cancel()
         await vm.flush_coalesced()
         assert ops.seen == [n % 8 for n in range(len(ops.seen))]
-        assert len(ops.seen) // 8 == rig.rounds(vcpu)
+        assert 0 <= len(ops.seen) - 8 * rig.rounds(vcpu) <= 8  # of the round that was cut off
 
 
 @pytest.mark.parametrize("policy", [KickPolicy.EVERY_COMMIT, KickPolicy.ON_OVERLAP])
@@ -477,7 +477,7 @@ async def test_k6_no_write_is_lost_while_the_map_changes(rig: Rig, policy: KickP
             nursery.cancel_scope.cancel()
         await vm.flush_coalesced()
         assert ops.seen == [n % 8 for n in range(len(ops.seen))]
-        assert len(ops.seen) // 8 == rig.rounds(vcpu)
+        assert 0 <= len(ops.seen) - 8 * rig.rounds(vcpu) <= 8  # of the round that was cut off
         assert rig.space.unassigned_accesses == 0
 
 
@@ -621,6 +621,36 @@ async def test_k6_flush_in_a_handler(rig: Rig) -> None:
         with trio.fail_after(LONG_ENOUGH):
             assert await vcpu.run() == Hlt()
     assert ops.seen == [1, 2, 3]
+
+
+async def test_k6_a_task_that_no_handler_waits_for(rig: Rig) -> None:
+    """K6: a child of the draining task is no part of the handler: it waits, or binds."""
+    ops, elsewhere = AsyncLog(), Log()
+    region = coalescing(rig, ops)
+    rig.system.add_subregion_overlap(DEVICE, MemoryRegion.io("below", 0x40, elsewhere), -1)
+    slow, go_on = trio.Event(), trio.Event()
+
+    async def block(value: int) -> None:
+        if value == 1:
+            slow.set()
+            await go_on.wait()
+
+    async def remove() -> None:
+        await slow.wait()
+        async with rig.memory.transaction():
+            rig.system.del_subregion(region)
+        go_on.set()
+        await vm.flush_coalesced()
+        assert ops.seen == [1, 2]
+
+    ops.before = block
+    async with rig.open() as vm:
+        vcpu = await rig.boot(vm, *writes(1, 2))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(remove)
+            with trio.fail_after(LONG_ENOUGH):
+                assert await vcpu.run() == Hlt()  # in the task that has the nursery
+    assert (ops.seen, elsewhere.seen) == ([1, 2], [])
 
 
 async def test_k6_two_flushes(rig: Rig) -> None:

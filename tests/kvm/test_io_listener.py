@@ -248,6 +248,26 @@ async def test_t9_one_in_place_of_another_regions(rig: Rig, bells: list[EventFd]
         assert vcpu.statistics().exits == {"Hlt": 2}
 
 
+async def test_t9_the_same_one_on_two_devices(rig: Rig, bells: list[EventFd]) -> None:
+    """T9: one shows in place of the other and nobody hears of it; then it goes all the same."""
+    one, other = (MemoryRegion.io(name, 0x40, Device()) for name in ("one", "other"))
+    one.add_eventfd(0, 4, bells[0])
+    other.add_eventfd(0, 4, bells[0])
+    wire(rig, one, pio=False)
+    rig.system.add_subregion_overlap(DEVICE, other, -1)
+    async with rig.open() as vm:
+        vcpu = await rig.boot(vm, Write(DEVICE, 4, 5))
+        async with rig.memory.transaction():
+            rig.system.del_subregion(one)
+        assert await vcpu.run() == Hlt()
+        assert (count(bells[0]), vcpu.statistics().exits) == (1, {"Hlt": 1})
+        async with rig.memory.transaction():
+            rig.system.del_subregion(other)
+        rig.load(vcpu, Write(DEVICE, 4, 5))
+        assert await vcpu.run() == Hlt()
+        assert (count(bells[0]), vcpu.statistics().exits) == (0, {"Mmio": 1, "Hlt": 2})
+
+
 async def test_k6_two_machines_on_one_address_space(rig: Rig, bells: list[EventFd]) -> None:
     """K6: each VM has the ioeventfd on its own bus; one that closes leaves the other's."""
     region = MemoryRegion.io("device", 0x40, Device())

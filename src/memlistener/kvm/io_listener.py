@@ -63,17 +63,28 @@ class _Assigned:
             return False
         return None in (self.data, other.data) or self.datamatch == other.datamatch
 
-    def stays(self) -> bool:
-        """Whether its region still has it: where the region shows is another question."""
+    def belongs_with(self, other: _Assigned) -> bool:
+        """Whether the region that shows here has ``other`` at the same place, and so both stay."""
         return any(
-            (fd.addr, fd.size, fd.data) == (self._offset, self.section.size, self.data)
-            and fd.eventfd == self.eventfd
+            fd.addr == self.section.offset_within_region
+            and (fd.size, fd.data) == (other.section.size, other.data)
+            and fd.eventfd == other.eventfd
             for fd in self.section.region.eventfds
         )
 
-    @property
-    def _offset(self) -> int:
-        return self.section.offset_within_region
+    def is_at(self, section: MemoryRegionSection, data: int | None, eventfd: Any) -> bool:
+        """Whether it is this one that goes.
+
+        The region may be another by now: where one shows in place of another with
+        the same ioeventfd, nothing has changed that anybody would hear of.
+        """
+        mine = self.section
+        return (
+            mine.offset_within_address_space == section.offset_within_address_space
+            and mine.size == section.size
+            and self.data == data
+            and bool(self.eventfd == eventfd)
+        )
 
     def __str__(self) -> str:
         value = "" if self.data is None else f", value {self.data:#x}"
@@ -132,7 +143,7 @@ class KvmIoListener(MemoryListener):
                 return
         for other in self._assigned:
             if new.clashes(other):
-                if other.section.region is section.region and other.stays():
+                if new.belongs_with(other):
                     raise KvmError(
                         errno.EEXIST,
                         f"KVM_IOEVENTFD: {new} and {other}: one write could signal either; give "
@@ -158,7 +169,7 @@ class KvmIoListener(MemoryListener):
         """
         wanted = data if match_data else None
         for old in self._assigned:
-            if old.section == section and old.data == wanted and old.eventfd == eventfd:
+            if old.is_at(section, wanted, eventfd):
                 break
         else:
             return  # left to exits, or the VM closes

@@ -686,6 +686,27 @@ async def test_k6_two_flushes(rig: Rig) -> None:
         assert ops.seen == [1]
 
 
+async def test_k6_tasks_come_before_threads() -> None:
+    """K6: a vCPU's thread leaves the turn to a task that waits for it, or that might never come."""
+    machine = Stepped(ops := ThreadSafeLog())
+    async with machine.rig.open() as vm:
+        vcpu = await vm.create_vcpu()
+        machine.vcpu.stepping = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(vcpu.run)
+            await machine.step()
+            coalesced = vm._coalesced
+            assert coalesced._try_turn()
+            nursery.start_soon(vm.flush_coalesced)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            coalesced._end_turn()
+            assert not coalesced._turn.locked()
+            assert not coalesced.drain_here()
+            assert not coalesced._turn.locked()
+            await until(lambda: ops.seen == [1])
+            nursery.cancel_scope.cancel()
+
+
 async def test_k6_the_end_of_the_machine(rig: Rig) -> None:
     """K6: what is left is served at the end of the block; but not where it raised."""
     ops = Log()
@@ -773,6 +794,22 @@ def test_k6_zones_that_nest(plan: list[tuple[bool, Zone, int | None]]) -> None:
             assert coalesced.active == bool(there)
 
     trio.run(main)
+
+
+async def test_k6_zones_that_cannot_come_back() -> None:
+    """K6: where an outer one cannot be put back, the inner one stays, and all are there."""
+    fake = FakeKvm()
+    vm = fake.create_vm()
+    coalesced = Coalesced(vm, Rig(fake).space)
+    outer, inner = Zone(0, 48, False), Zone(8, 8, False)
+    coalesced.add(outer)
+    coalesced.add(inner)
+    fake.fail("KVM_REGISTER_COALESCED_MMIO")
+    with pytest.raises(KvmError):
+        coalesced.remove(inner)
+    assert set(vm.coalesced_zones) == {FakeZone(0, 48, False), FakeZone(8, 8, False)}
+    coalesced.remove(inner)
+    assert vm.coalesced_zones == (FakeZone(0, 48, False),)
 
 
 async def test_k6_no_zone_no_cost() -> None:

@@ -426,7 +426,13 @@ async def test_closing_lets_go_of_everything(rig: Rig, bells: list[EventFd]) -> 
     before = len(os.listdir("/proc/self/fd"))
     async with rig.open() as vm:
         await vm.create_vcpu()
-        assert len(os.listdir("/proc/self/fd")) > before
+        inside = len(os.listdir("/proc/self/fd"))
+        assert inside > before
+        async with rig.memory.transaction():
+            region.add_eventfd(0x20, 4, bells[1])
+        async with rig.memory.transaction():
+            region.del_eventfd(0x20, 4, bells[1])
+        assert len(os.listdir("/proc/self/fd")) == inside
     assert len(os.listdir("/proc/self/fd")) == before
     assert rig.space.listeners == ()
     async with rig.memory.transaction():

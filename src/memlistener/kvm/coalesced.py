@@ -252,8 +252,6 @@ class Coalesced:
 
     def bind(self) -> None:
         """Have all writes made so far served in the view of now, whenever that is."""
-        if self._is_inside():
-            return
         self._fetch()
         with self._mutex:
             for each in self._queue:

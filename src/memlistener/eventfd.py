@@ -76,6 +76,7 @@ class EventFd:
         """
         os.eventfd_write(self.fileno(), count)
 
+    @trio.lowlevel.enable_ki_protection
     async def wait(self) -> int:
         """Wait until it has been signalled; return how often, and start from 0 again.
 

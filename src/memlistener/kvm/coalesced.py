@@ -213,6 +213,8 @@ class Coalesced:
         finally:
             self._end_turn()
 
+    # Control-C in between would leave the turn taken for ever.
+    @trio.lowlevel.enable_ki_protection
     async def drain(self) -> None:
         """Wait for the turn, then serve all writes that the guest has made so far.
 
@@ -235,6 +237,7 @@ class Coalesced:
                 self._waiting -= 1
         await self._serve_all()
 
+    @trio.lowlevel.enable_ki_protection
     async def drain_before_change(self) -> None:
         """The map may be about to change: serve all writes, or bind them to it as it is.
 

@@ -134,8 +134,8 @@ class Coalesced:
         Writes that are in the ring stay there: drain it.
 
         Raises:
-            KvmError: The kernel refused; nothing has changed but that a zone may
-                have gone with which the kernel will not help again. Its writes exit.
+            KvmError: The kernel refused; all zones are wanted as before. One that it
+                would not take back exits.
         """
         if self._wanted[zone] == 1 and zone in self._registered:
             self._vm.unregister_coalesced_mmio(zone.addr, zone.size, zone.pio)

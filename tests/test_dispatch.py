@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import attrs
@@ -12,9 +15,11 @@ from hypothesis import strategies as st
 
 from memlistener import (
     AccessConstraints,
+    EventFd,
     FlatView,
     MemoryRegion,
     MemoryRegionOps,
+    MemorySystem,
     MemTxAttrs,
     MemTxResult,
     RegionKind,
@@ -548,3 +553,146 @@ class TestHere:
             read_here(view, 0, 4)
         with pytest.raises(RegionTypeError, match="must be plain"):
             write_here(view, 0, b"abcd")
+
+
+# ---- ioeventfds ------------------------------------------------------------------------
+
+
+class Signals:
+    """Eventfds by name, and how often each was signalled since the last look."""
+
+    def __init__(self) -> None:
+        self.fds: dict[str, EventFd] = {}
+
+    def __getitem__(self, name: str) -> EventFd:
+        return self.fds.setdefault(name, EventFd())
+
+    def seen(self) -> dict[str, int]:
+        found = {}
+        for name, each in self.fds.items():
+            with contextlib.suppress(BlockingIOError):
+                found[name] = os.eventfd_read(each.fileno())
+        return found
+
+    def close(self) -> None:
+        for each in self.fds.values():
+            each.close()
+
+
+@pytest.fixture
+def signals() -> Iterator[Signals]:
+    if not hasattr(os, "eventfd"):
+        pytest.skip("eventfds are Linux's")
+    found = Signals()
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("here", [False, True])
+@by_order
+async def test_an_eventfd_takes_the_write(
+    signals: Signals, here: bool, order: Literal["little", "big"]
+) -> None:
+    """T9: place, width and value decide; the rest goes to ops, with values in their byte order."""
+    ops = Memory(order)
+    ops.thread_safe = here
+    region = MemoryRegion.io("device", 0x80, ops)
+    region.add_eventfd(0x10, 4, signals["four"])
+    region.add_eventfd(0x20, 0, signals["any"])
+    region.add_eventfd(0x30, 2, signals["match"], data=0x1234)
+    view = view_of((0x1000, region))
+
+    async def put(addr: int, value: int, size: int) -> None:
+        data = value.to_bytes(size, order)
+        if not here:
+            assert await write(view, addr, data) == (OK, 0)
+        else:
+            assert write_here(view, addr, data)
+
+    await put(0x1010, 7, 4)
+    assert signals.seen() == {"four": 1}
+    await put(0x1010, 7, 2)
+    await put(0x1012, 7, 2)
+    await put(0x1020, 7, 1)
+    await put(0x1020, 7, 8)
+    await put(0x1030, 0x1234, 2)
+    await put(0x1030, 0x3412, 2)
+    await put(0x1030, 0x1234, 4)
+    assert signals.seen() == {"any": 2, "match": 1}
+    assert ops.calls == [
+        (0x10, 7, 2),
+        (0x12, 7, 2),
+        (0x30, 0x3412, 2),
+        (0x30, 0x1234, 4),
+    ]
+
+
+async def test_an_eventfd_needs_no_thread_safe_ops(signals: Signals) -> None:
+    """A write that signals is served on the vCPU's thread, whatever the ops are like."""
+    region = MemoryRegion.io("device", 0x80, None)
+    region.add_eventfd(0, 4, signals["bell"])
+    assert write_here(view_of((0, region)), 0, bytes(4))
+    assert signals.seen() == {"bell": 1}
+
+
+async def test_what_an_eventfd_may_hang_on(signals: Signals) -> None:
+    """Where a write would not reach memory it signals; RAM is written as ever."""
+    ram = MemoryRegion.ram("ram", 0x1000)
+    rom = MemoryRegion.rom("rom", 0x1000)
+    device = MemoryRegion.rom_device("flash", 0x1000, Memory())
+    hole = MemoryRegion.reservation("hole", 0x1000)
+    regions = (ram, rom, device, hole)
+    for region in regions:
+        region.add_eventfd(0, 1, signals[region.name])
+    view = view_of(*((0x1000 * n, region) for n, region in enumerate(regions)))
+    for n, _ in enumerate(regions):
+        assert await write(view, 0x1000 * n, b"!") == (OK, 0)
+    assert signals.seen() == {"rom": 1, "flash": 1, "hole": 1}
+    assert ram.block.view[0] == ord("!")
+
+
+async def test_uncommitted_eventfds_are_nobodys(signals: Signals) -> None:
+    """T2, T13: an eventfd signals from its commit on, until that of its removal."""
+    ops = Memory()
+    region = MemoryRegion.io("device", 0x80, ops)
+    root = MemoryRegion.container("root", 0x1000)
+    root.add_subregion(0, region)
+    memory = MemorySystem()
+    space = memory.create_address_space("memory", root)
+
+    async def signalled() -> bool:
+        await space.write(0, bytes(4))
+        return bool(signals.seen())
+
+    with contextlib.suppress(ZeroDivisionError):
+        async with memory.transaction():
+            region.add_eventfd(0, 4, signals["bell"])
+            assert not await signalled()
+            raise ZeroDivisionError
+    assert not await signalled()
+    async with memory.transaction():
+        region.add_eventfd(0, 4, signals["bell"])
+        assert not await signalled()
+    assert await signalled()
+    with contextlib.suppress(ZeroDivisionError):
+        async with memory.transaction():
+            region.del_eventfd(0, 4, signals["bell"])
+            assert await signalled()
+            raise ZeroDivisionError
+    assert await signalled()
+    async with memory.transaction():
+        root.del_subregion(region)
+        region.del_eventfd(0, 4, signals["bell"])
+        root.add_subregion(0, region)
+        assert await signalled()
+    assert not await signalled()
+
+
+async def test_a_closed_eventfd_is_an_error(signals: Signals) -> None:
+    """The host's mistake is the host's to hear of."""
+    region = MemoryRegion.io("device", 0x80, Memory())
+    bell = signals["bell"]
+    region.add_eventfd(0, 4, bell)
+    bell.close()
+    with pytest.raises(ValueError, match="closed"):
+        await write(view_of((0, region)), 0, bytes(4))

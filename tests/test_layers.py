@@ -18,7 +18,17 @@ TESTS = Path(__file__).parent
 LAYERS = (
     ("errors",),
     ("core",),
-    ("histogram", "protect", "ram", "listener", "dispatch", "instrument", "trace", "bracket"),
+    (
+        "histogram",
+        "protect",
+        "ram",
+        "listener",
+        "eventfd",
+        "dispatch",
+        "instrument",
+        "trace",
+        "bracket",
+    ),
     ("address_space", "delivery", "dirty_log", "iommu", "pending", "memory", "vcpu"),
     ("", "kvm", "testing", "unicorn"),  # "": the package itself, for its public names
     ("demo",),

@@ -212,3 +212,63 @@ async def test_spaces_that_reduce_to_another_root_unseen(machine: Machine) -> No
         machine.ram.set_enabled(True)
     assert one.view == two.view == FlatView.render(machine.ram)
     assert one.view is not two.view
+
+
+async def test_before_a_transaction(machine: Machine) -> None:
+    """K6: before each outermost one has its turn, and may itself run one; then no more."""
+    calls: list[str] = []
+
+    async def callback() -> None:
+        if calls.count("called") == len(calls):  # not in its own
+            calls.append("called")
+            calls.append("inner")
+            async with machine.memory.transaction():
+                calls.append("body")
+
+    forget = machine.memory.before_transaction(callback)
+    async with machine.memory.transaction():
+        assert calls == ["called", "inner", "body"]
+        async with machine.memory.transaction():
+            pass
+        assert len(calls) == 3
+    forget()
+    calls.clear()
+    async with machine.memory.transaction():
+        assert calls == []
+
+
+async def test_what_fails_before_a_transaction(machine: Machine) -> None:
+    """K6: nothing has begun, and the next one can."""
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    forget = machine.memory.before_transaction(fail)
+    transaction = machine.memory.transaction()
+    with pytest.raises(ZeroDivisionError):
+        await transaction.__aenter__()
+    with pytest.raises(ZeroDivisionError):
+        await machine.memory.register(RecordingListener(), machine.space)
+    forget()
+    async with machine.memory.transaction():
+        pass
+    assert machine.space.listeners == ()
+
+
+async def test_a_hook_is_not_what_comes_before(machine: Machine) -> None:
+    """K6, T12: the refusal of a transaction in a hook comes first, and calls nothing."""
+    calls: list[str] = []
+
+    class Nesting(MemoryListener):
+        async def begin(self) -> None:
+            calls.clear()
+            async with machine.memory.transaction():
+                pass
+
+    async def callback() -> None:
+        calls.append("called")
+
+    machine.memory.before_transaction(callback)
+    with pytest.raises(TransactionError):
+        await machine.memory.register(Nesting(), machine.space)
+    assert calls == []

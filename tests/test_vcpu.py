@@ -592,3 +592,18 @@ async def test_48_at_once(make: Make, gate: Gate) -> None:
                 assert gate.statistics().vcpus_inside == 0
             nursery.cancel_scope.cancel()
     assert len({ident for toy in toys for ident in toy.threads}) == 48
+
+
+async def test_what_is_served_may_end_the_run(make: Make) -> None:
+    """What a `Serve` returns is the run's outcome, once; None goes on."""
+
+    async def ends() -> str:
+        await trio.lowlevel.checkpoint()
+        return "ended"
+
+    async def goes_on() -> None:
+        await trio.lowlevel.checkpoint()
+
+    _, runner = make(Serve(goes_on), Serve(ends), "out")
+    assert await runner.run() == "ended"
+    assert await runner.run() == "out"

@@ -7,6 +7,7 @@ errors                 every exception, and when you get which
 core                   pure and synchronous: regions, views, events, access rules
 ram                    RamBlock: host memory
 listener, dispatch     who hears of changes; an access -> a region's ops
+eventfd                EventFd: what a write may signal instead
 bracket                the gate that holds vCPUs while memory changes
 instrument, trace      who watches brackets and exits; what they show in Perfetto
 memory                 MemorySystem and transactions; its parts: address_space,
@@ -50,6 +51,7 @@ from memlistener.errors import (
     UnassignedAccessError,
     VcpuBusyError,
 )
+from memlistener.eventfd import EventFd
 from memlistener.instrument import Instrument
 from memlistener.iommu import (
     notify_iommu,
@@ -69,6 +71,7 @@ __all__ = [
     "BrokenMemoryError",
     "DirtyClient",
     "DirtyRanges",
+    "EventFd",
     "FlatRange",
     "FlatView",
     "Instrument",

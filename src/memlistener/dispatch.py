@@ -9,6 +9,8 @@ What an access meets, in the view of the moment:
 - memory (RAM, ROM, a ROM device in ROMD mode): read directly. Written directly
   if writable; a write to read-only memory vanishes with `MemTxResult.ACCESS_ERROR`,
   to a ROM device it goes to its ops;
+- an ioeventfd, before anything but memory: a write of its place and width, and
+  of its value if it has one, signals it and goes no further, as in the kernel;
 - ops (I/O, a ROM device out of ROMD mode): called, in sizes they implement;
 - an IOMMU: translated, page by page, and continued where that leads. What a page
   does not allow is refused with `MemTxResult.ACCESS_ERROR` (QEMU: as unassigned);
@@ -35,6 +37,7 @@ from memlistener.core.ops import (
 )
 from memlistener.core.region import MemoryRegion
 from memlistener.errors import RegionError, RegionTypeError
+from memlistener.eventfd import signal
 
 T = TypeVar("T")
 
@@ -114,13 +117,17 @@ def read_here(view: FlatView, addr: int, size: int) -> bytes | None:
 
 
 def write_here(view: FlatView, addr: int, data: bytes) -> bool:
-    """A write that one call of thread-safe ops takes; see `read_here`.
+    """A write that an ioeventfd or one call of thread-safe ops takes; see `read_here`.
 
     Returns:
         Whether it was made.
     """
     each = view.lookup(addr)
-    if each is None or each.flags & READONLY or not _one_call(each, addr, len(data)):
+    if each is None:
+        return False
+    if each.region._signals and _signalled(each, addr, data):
+        return True
+    if each.flags & READONLY or not _one_call(each, addr, len(data)):
         return False
     ops = each.region.ops
     offset = addr - each.start + each.offset
@@ -203,12 +210,14 @@ async def write(
     result = MemTxResult.OK
     unassigned = 0
     for at, length, each in _parts(view, addr, len(data)):
+        part = data[at - addr : at - addr + length]
+        if each is not None and each.region._signals and _signalled(each, at, part):
+            continue
         if each is None or each.region.kind is RegionKind.RESERVATION:
             result |= MemTxResult.DECODE_ERROR
             unassigned += 1
             continue
         offset = each.offset + at - each.start
-        part = data[at - addr : at - addr + length]
         if writes_memory(each):
             write_memory(each, offset, part)
         elif each.region.kind is RegionKind.IOMMU and not each.flags & READONLY:
@@ -235,6 +244,27 @@ def write_memory(each: FlatRange, offset: int, data: bytes | memoryview) -> None
     clients = each.flags >> LOG_SHIFT
     if clients:
         block.mark_dirty(offset, len(data), clients)
+
+
+def _signalled(each: FlatRange, addr: int, data: bytes | memoryview) -> bool:
+    """Signal the ioeventfd that a write is for, if there is one.
+
+    The width is that of the access as it is made, whatever the ops would have
+    it split into; the value is what they would see.
+    """
+    if writes_memory(each):
+        return False
+    region = each.region
+    offset = addr - each.start + each.offset
+    for fd in region._signals:
+        if (
+            fd.addr == offset
+            and fd.size in (0, len(data))
+            and (fd.data is None or fd.data == int.from_bytes(data, endianness(region.ops)))
+        ):
+            signal(fd.eventfd)
+            return True
+    return False
 
 
 def _parts(view: FlatView, addr: int, size: int) -> Iterator[tuple[int, int, FlatRange | None]]:

@@ -82,6 +82,7 @@ class MemorySystem(Identity):
         self._sharing = Sharing()
         self._broken: BaseException | None = None
         self._on_broken: list[Callable[[BaseException], None]] = []
+        self._before: list[Callable[[], Awaitable[None]]] = []
         self._pending = Pending(self)
         self._dirty_log = DirtyLog(self)
 
@@ -239,6 +240,9 @@ class MemorySystem(Identity):
                 f"{what} in a task that a listener's hook started and waits for: it would wait "
                 f"for the hook to end, and the hook for it"
             )
+        if self._before:
+            for callback in tuple(self._before):
+                await callback()
         await self._lock.acquire()
         self._owner = trio.lowlevel.current_task()
         self._outside = self._owner.child_nurseries.copy()
@@ -267,6 +271,7 @@ class MemorySystem(Identity):
         delivery = Delivery()
         try:
             changes = self._pending.changes(self._dirty_log.mask)
+            self._pending.settle()
             if changes:
                 self._delivering = True
                 for change in changes:
@@ -308,6 +313,20 @@ class MemorySystem(Identity):
         """
         self._on_broken.append(callback)
         return lambda: self._on_broken.remove(callback)
+
+    def before_transaction(self, callback: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        """Await ``callback()`` before a task waits for its turn to open a transaction.
+
+        And before whatever else waits for the same turn: to register a listener,
+        to sync dirty logs. An accelerator then serves what the guest has written
+        to the map as it is. The callback may open transactions, which call it
+        again; what it raises leaves `transaction`, and nothing has begun.
+
+        Returns:
+            A function that takes the request back.
+        """
+        self._before.append(callback)
+        return lambda: self._before.remove(callback)
 
     # ---- listeners ----------------------------------------------------------------
 

@@ -150,8 +150,14 @@ class Pending:
         self.journal.clear()
         self._damage.clear()
         self._attached.clear()
+        self.settle()
         self._before.clear()
         self._limbo.clear()
+
+    def settle(self) -> None:
+        """What hangs on regions counts as it is now, for accesses too."""
+        for region in self._before:
+            region._settle()
 
     def changes(self, log_mask: int) -> list[SpaceChange]:
         """What differs, address space by address space (rules T1, T5, T10).

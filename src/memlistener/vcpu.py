@@ -38,9 +38,12 @@ from memlistener.instrument import Where
 
 @attrs.frozen
 class Serve:
-    """An exit that needs the trio thread: what to await before going on."""
+    """An exit that needs the trio thread: what to await before going on.
 
-    call: Callable[[], Awaitable[None]]
+    What it returns, if that is not None, ends the run.
+    """
+
+    call: Callable[[], Awaitable[object]]
 
 
 class Backend(Protocol):
@@ -269,7 +272,9 @@ class VcpuRunner:
         try:
             while True:
                 if self._pending is not None:
-                    await self._serve(self._pending)
+                    ended = await self._serve(self._pending)
+                    if ended is not None:
+                        return ended
                 await self._work()
                 outcome = self._take_outcome()
                 if isinstance(outcome, Serve):
@@ -289,16 +294,17 @@ class VcpuRunner:
         finally:
             self._running = False
 
-    async def _serve(self, pending: Serve) -> None:
+    async def _serve(self, pending: Serve) -> object:
         self._serving = True
         began = 0 if self._gate.instruments.served is None else time.perf_counter_ns()
         try:
-            await pending.call()
+            ended = await pending.call()
         finally:
             self._serving = False
         self._pending = None
         if began:
             self._tell_served("trio", began)
+        return ended
 
     @trio.lowlevel.enable_ki_protection
     def _tell_served(self, where: Where, began: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import threading
@@ -13,7 +12,6 @@ import pytest
 import trio
 
 from memlistener import (
-    KvmError,
     MemoryRegion,
     MemoryRegionOps,
     MemorySystem,
@@ -247,20 +245,3 @@ def _then(warned: threading.Event, go: threading.Event) -> None:
 async def _cancel_when(event: threading.Event, scope: trio.CancelScope) -> None:
     await trio.to_thread.run_sync(event.wait)
     scope.cancel()
-
-
-async def test_what_kvm_is_not_asked_yet_is_refused() -> None:
-    """T13: ioeventfds of a VM's memory fail loudly, with nothing changed."""
-    memory, space, ram = machine(MemoryRegionOps())
-    device = space.root.subregions[0]
-    async with open_vm(space, backend=FakeKvm()) as vm:
-        before = vm.memslots
-        with pytest.raises(KvmError, match="not supported on KVM yet") as caught:
-            async with memory.transaction():
-                device.add_eventfd(0, 4, 7)
-        assert caught.value.errno == errno.ENOTSUP
-        assert vm.memslots == before
-        assert memory.broken is None
-        async with memory.transaction():
-            ram.set_enabled(False)
-        assert vm.memslots == ()

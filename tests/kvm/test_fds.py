@@ -602,3 +602,57 @@ def test_vm_needs_no_file() -> None:
         assert isinstance(vm, VmFd)
         for handle in (kvm, vm, vcpu):
             assert not os.get_inheritable(handle.fileno())
+
+
+# ---- the bus --------------------------------------------------------------------------
+
+
+def test_ioeventfd(machine: Machine) -> None:
+    """A write signals without an exit; the refusals name the ioctl and what was asked."""
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        machine.vm.ioeventfd(0x80, 1, fd, pio=True)
+        machine.write(0x1000, bytes.fromhex("e680 e680 f4"))  # out 0x80, al, twice; hlt
+        x86.real_mode(machine.vcpu, 0x1000)
+        assert machine.run() == 0
+        assert machine.vcpu.terminal_exit() == Hlt()
+        assert os.eventfd_read(fd) == 2
+        with pytest.raises(KvmError, match=r"KVM_IOEVENTFD: .*addr 0x80, len 0x1, .*flags 0x2"):
+            machine.vm.ioeventfd(0x80, 1, fd, pio=True)
+        machine.vm.ioeventfd(0x80, 1, fd, pio=True, deassign=True)
+        with pytest.raises(KvmError, match=r"KVM_IOEVENTFD: .*flags 0x7, datamatch 0x11"):
+            machine.vm.ioeventfd(0x80, 1, fd, datamatch=0x11, pio=True, deassign=True)
+    finally:
+        os.close(fd)
+
+
+def test_the_ring_goes_round(machine: Machine) -> None:
+    """Entries come out in order across the end of the page, and make room again."""
+    machine.vm.register_coalesced_mmio(0x80, 1, True)
+    # l: out 0x80, al; inc al; loop l; hlt
+    machine.write(0x1000, bytes.fromhex("e680 fec0 e2fa f4"))
+    machine.vm.take_coalesced()
+    for rax in (0, 100, 200):
+        x86.real_mode(machine.vcpu, 0x1000)
+        machine.vcpu.set_regs(machine.vcpu.get_regs() | {"rax": rax, "rcx": 100})
+        assert not machine.vm.coalesced_pending()
+        assert machine.run() == 0
+        assert machine.vcpu.terminal_exit() == Hlt()
+        assert machine.vm.coalesced_pending()
+        assert machine.vm.take_coalesced() == [
+            (0x80, bytes([n % 256]), True) for n in range(rax, rax + 100)
+        ]
+    machine.vm.unregister_coalesced_mmio(0x80, 1, True)
+
+
+def test_the_ring_outlives_its_vcpu() -> None:
+    """What a vCPU left in the ring is there when it is closed; nothing is when the VM is."""
+    with Machine() as machine:
+        machine.vm.register_coalesced_mmio(0x80, 1, True)
+        machine.write(0x1000, bytes.fromhex("e680 f4"))
+        x86.real_mode(machine.vcpu, 0x1000)
+        assert machine.run() == 0
+        machine.vcpu.close()
+        assert [addr for addr, _, _ in machine.vm.take_coalesced()] == [0x80]
+    assert not machine.vm.coalesced_pending()
+    assert machine.vm.take_coalesced() == []

@@ -140,6 +140,7 @@ class MemoryRegion(Identity):
         "_owners",
         "_priority",
         "_rank",
+        "_signals",
         "_size",
         "_terminates",
     )
@@ -169,6 +170,8 @@ class MemoryRegion(Identity):
         self._looped = False  # whether an alias ever led from here back to here
         self._owners: tuple[TreeOwner, ...] = ()
         self._attached = NOTHING
+        # The ioeventfds as of the last transaction's end: dispatch signals them.
+        self._signals: tuple[IoEventFd, ...] = ()
         self._ops: Any = None
         self._iommu: Iommu | None = None
         self._block: Any = None
@@ -684,11 +687,19 @@ class MemoryRegion(Identity):
     def add_eventfd(self, offset: int, size: int, eventfd: Any, *, data: int | None = None) -> None:
         """Have a write signal an eventfd instead of ops (``memory_region_add_eventfd``).
 
+        On KVM the kernel does it, and the vCPU does not stop for it; a write that
+        ends in user space signals it too. Memory is written as ever: only where
+        a write would not go to RAM there is something to signal.
+
         Args:
-            offset: In the region, in bytes.
+            offset: In the region, in bytes: where the write has to begin.
             size: Width of the write: 1, 2, 4 or 8 bytes, 0 for any.
-            eventfd: A file descriptor, or an object with ``fileno()``.
-            data: The value that has to be written; None for any.
+            eventfd: A `memlistener.EventFd`, or any other object with
+                ``fileno()``, or a file descriptor. Keep it open while it hangs
+                on the region.
+            data: The value that has to be written, as ops would see it; None for
+                any. The kernel matches values of a width only: on KVM, 0 does
+                not go with it.
 
         Raises:
             RegionError: It does not fit the region, the same write signals
@@ -760,7 +771,12 @@ class MemoryRegion(Identity):
         def apply(attached: Attached = new) -> None:
             self._attached = attached
 
-        change(self, what, apply, lambda: apply(old), before=old)
+        if not change(self, what, apply, lambda: apply(old), before=old):
+            self._settle()  # nobody shows it: there is no transaction whose end to wait for
+
+    def _settle(self) -> None:
+        """The transaction that changed what hangs on the region is over, or as good as over."""
+        self._signals = self._attached.eventfds
 
     # ---- the machinery of a change -------------------------------------------
 

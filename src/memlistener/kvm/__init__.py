@@ -9,6 +9,8 @@ backend           the seam: three protocols that a kernel has to fulfil
 bindings, fds     the real one: the extension, and handles over its descriptors
 slots             pure planning of memslot ioctls
 listener          region_add and region_del -> ioctls in a bracket
+io_listener       ioeventfds and coalesced ranges -> ioctls
+coalesced         the writes of coalesced ranges, served before any exit
 vcpu, exits       KVM_RUN, the dispatch of its exits, and the exits as values
 registers, x86    registers by name; real, protected and long mode
 vm                open_vm, which puts it all together
@@ -28,6 +30,7 @@ from memlistener.kvm.exits import (
     Unsupported,
     VcpuExit,
 )
+from memlistener.kvm.io_listener import KvmIoListener
 from memlistener.kvm.listener import KvmMemoryListener
 from memlistener.kvm.policy import KickPolicy
 from memlistener.kvm.slots import Mapping, Memslot
@@ -42,6 +45,7 @@ __all__ = [
     "Hlt",
     "InternalError",
     "KickPolicy",
+    "KvmIoListener",
     "KvmMemoryListener",
     "Mapping",
     "Memslot",

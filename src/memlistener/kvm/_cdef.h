@@ -30,6 +30,7 @@
 #define KVM_CAP_COALESCED_MMIO 15
 #define KVM_CAP_IOEVENTFD 36
 #define KVM_CAP_READONLY_MEM 81
+#define KVM_CAP_IOEVENTFD_NO_LENGTH 100
 #define KVM_CAP_MULTI_ADDRESS_SPACE 118
 #define KVM_CAP_IMMEDIATE_EXIT 136
 #define KVM_CAP_COALESCED_PIO 162
@@ -91,6 +92,17 @@ size_t ml_bitmap_bounds(const uint8_t *bitmap, size_t size, uint64_t base, uint6
 uint32_t ml_collect_dirty_gfns(void *ring, uint32_t entries, uint32_t *next, uint64_t *found);
 /* How many entries of a ring that has overflowed were passed over. */
 uint32_t ml_skip_dirty_gfns(void *ring, uint32_t entries, uint32_t *next, uint32_t none);
+
+/* ioeventfds, and writes that the kernel gathers in a ring. */
+#define KVM_IOEVENTFD_FLAG_DATAMATCH ...
+#define KVM_IOEVENTFD_FLAG_PIO ...
+#define KVM_IOEVENTFD_FLAG_DEASSIGN ...
+int ml_ioeventfd(int vm, uint64_t addr, uint32_t len, int fd, uint32_t flags, uint64_t datamatch);
+int ml_register_coalesced_mmio(int vm, uint64_t addr, uint32_t size, uint32_t pio);
+int ml_unregister_coalesced_mmio(int vm, uint64_t addr, uint32_t size, uint32_t pio);
+/* How many entries wait in a ring that has room for so many. */
+uint32_t ml_coalesced_count(const void *ring, uint32_t entries);
+void ml_coalesced_take(void *ring, uint32_t entries, uint32_t count);
 
 /* The signal's number, or -EBUSY when every real-time signal is taken. */
 int ml_install_kick_handler(void);

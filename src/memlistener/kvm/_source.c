@@ -17,6 +17,9 @@
 #include <linux/kvm.h>
 
 /* Newer than the oldest headers we build against; the numbers are ABI. */
+#ifndef KVM_CAP_IOEVENTFD_NO_LENGTH
+#define KVM_CAP_IOEVENTFD_NO_LENGTH 100
+#endif
 #ifndef KVM_CAP_COALESCED_PIO
 #define KVM_CAP_COALESCED_PIO 162
 #endif
@@ -290,6 +293,62 @@ static uint32_t ml_skip_dirty_gfns(void *ring, uint32_t entries, uint32_t *next,
     for (uint32_t i = 0; i < n; i++)
         __atomic_store_n(&gfns[(*next)++ % entries].flags, DIRTY_GFN_RESET, __ATOMIC_RELEASE);
     return n;
+}
+
+/* ioeventfds and coalesced writes ------------------------------------------- */
+
+static int ml_ioeventfd(int vm, uint64_t addr, uint32_t len, int fd, uint32_t flags,
+                        uint64_t datamatch)
+{
+    struct kvm_ioeventfd ioeventfd = {
+        .datamatch = datamatch,
+        .addr = addr,
+        .len = len,
+        .fd = fd,
+        .flags = flags,
+    };
+    return result(ioctl(vm, KVM_IOEVENTFD, &ioeventfd));
+}
+
+/* The member that says MMIO or PIO was called pad before there was PIO. */
+static int ml_register_coalesced_mmio(int vm, uint64_t addr, uint32_t size, uint32_t pio)
+{
+    struct kvm_coalesced_mmio_zone zone = {.addr = addr, .size = size, .pad = pio};
+    return result(ioctl(vm, KVM_REGISTER_COALESCED_MMIO, &zone));
+}
+
+static int ml_unregister_coalesced_mmio(int vm, uint64_t addr, uint32_t size, uint32_t pio)
+{
+    struct kvm_coalesced_mmio_zone zone = {.addr = addr, .size = size, .pad = pio};
+    return result(ioctl(vm, KVM_UNREGISTER_COALESCED_MMIO, &zone));
+}
+
+/* fds.py unpacks the entries from the mapped bytes. */
+_Static_assert(sizeof(struct kvm_coalesced_mmio_ring) == 8, "the ring has another header");
+_Static_assert(sizeof(struct kvm_coalesced_mmio) == 24, "the ring has other entries");
+_Static_assert(offsetof(struct kvm_coalesced_mmio, phys_addr) == 0, "phys_addr is elsewhere");
+_Static_assert(offsetof(struct kvm_coalesced_mmio, len) == 8, "len is elsewhere");
+_Static_assert(offsetof(struct kvm_coalesced_mmio, pad) == 12, "pio is elsewhere");
+_Static_assert(offsetof(struct kvm_coalesced_mmio, data) == 16, "data is elsewhere");
+
+/*
+ * The kernel writes an entry, then last; we read last, then the entry, then tell
+ * it with first that the entry is free again. first is written by us only.
+ */
+static uint32_t ml_coalesced_count(const void *memory, uint32_t entries)
+{
+    const struct kvm_coalesced_mmio_ring *ring = memory;
+    uint32_t last = __atomic_load_n(&ring->last, __ATOMIC_ACQUIRE);
+    uint32_t first = __atomic_load_n(&ring->first, __ATOMIC_RELAXED);
+
+    return last >= first ? last - first : last + entries - first;
+}
+
+static void ml_coalesced_take(void *memory, uint32_t entries, uint32_t count)
+{
+    struct kvm_coalesced_mmio_ring *ring = memory;
+
+    __atomic_store_n(&ring->first, (ring->first + count) % entries, __ATOMIC_RELEASE);
 }
 
 /* Running and kicking ------------------------------------------------------ */

@@ -28,6 +28,7 @@ CAP_NR_MEMSLOTS = 10
 CAP_COALESCED_MMIO = 15
 CAP_IOEVENTFD = 36
 CAP_READONLY_MEM = 81
+CAP_IOEVENTFD_NO_LENGTH = 100
 CAP_MULTI_ADDRESS_SPACE = 118
 CAP_IMMEDIATE_EXIT = 136
 CAP_COALESCED_PIO = 162
@@ -198,6 +199,51 @@ class VmHandle(Protocol):
 
         Returns:
             How many entries, over all vCPUs' rings.
+        """
+        ...
+
+    def ioeventfd(
+        self,
+        addr: int,
+        size: int,
+        fd: int,
+        *,
+        datamatch: int | None = None,
+        pio: bool = False,
+        deassign: bool = False,
+    ) -> None:
+        """``KVM_IOEVENTFD``: have a write signal an eventfd, without an exit.
+
+        Args:
+            addr: Guest-physical address or port; the write has to begin there.
+            size: Its width, 1, 2, 4 or 8 bytes; 0 for any.
+            fd: The eventfd.
+            datamatch: The value that has to be written; None for any.
+            pio: Whether ``addr`` is a port.
+            deassign: Take the same back. The descriptor may be another one of the
+                same eventfd.
+        """
+        ...
+
+    def register_coalesced_mmio(self, addr: int, size: int, pio: bool) -> None:
+        """``KVM_REGISTER_COALESCED_MMIO``: writes to a zone go into the ring, without an exit.
+
+        Where the ring is full they exit.
+        """
+        ...
+
+    def unregister_coalesced_mmio(self, addr: int, size: int, pio: bool) -> None:
+        """``KVM_UNREGISTER_COALESCED_MMIO``: of *every* zone that contains the range."""
+        ...
+
+    def coalesced_pending(self) -> bool:
+        """Whether the ring holds writes. Cheap, and from any thread."""
+        ...
+
+    def take_coalesced(self) -> list[tuple[int, bytes, bool]]:
+        """Take all writes out of the ring: (address, data, whether to a port), in order.
+
+        By one thread at a time. There is a ring once there is a vCPU.
         """
         ...
 

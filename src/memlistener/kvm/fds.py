@@ -20,6 +20,7 @@ import errno
 import mmap
 import os
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -27,6 +28,7 @@ from typing import Any, Final, Self
 
 from memlistener.errors import KvmError, KvmUnavailableError
 from memlistener.kvm.backend import (
+    CAP_COALESCED_MMIO,
     CAP_DIRTY_LOG_RING,
     CAP_DIRTY_LOG_RING_ACQ_REL,
     CAP_IMMEDIATE_EXIT,
@@ -47,6 +49,10 @@ _TSS_ADDR: Final = 0xFFFBD000
 # price of reading five cffi members. _source.c checks these layouts at build time.
 _IO: Final = struct.Struct("=BBHIQ")  # direction, size, port, count, data_offset
 _MMIO: Final = struct.Struct("=Q8sI?")  # phys_addr, data, len, is_write
+# An entry of the ring of coalesced writes; before the first one are two 32-bit indices.
+_COALESCED: Final = struct.Struct("=QII8s")  # phys_addr, len, pio, data
+_RING_HEADER: Final = 8
+_RING_ENTRIES: Final = (mmap.PAGESIZE - _RING_HEADER) // _COALESCED.size
 
 
 class _Fd:
@@ -208,9 +214,13 @@ def _why_not_open(path: str, number: int) -> str:
 
 
 class VmFd(_Fd):
-    """A VM: its memslots, its dirty log, and the making of vCPUs."""
+    """A VM: its memslots, its dirty log, its bus, and the making of vCPUs."""
 
-    __slots__ = ("_mmap_size", "_ring_size", "_slot_lock", "_slot_pages")
+    __slots__ = ("_mmap_size", "_ring", "_ring_size", "_slot_lock", "_slot_pages")
+
+    # The ring of coalesced writes and a view of the same bytes, once there is a vCPU; None before
+    # that and once closed. All vCPUs show the one ring of their VM.
+    _ring: tuple[Any, memoryview] | None
 
     def __init__(self, fd: int, b: Bindings, mmap_size: int) -> None:
         super().__init__(fd, b)
@@ -220,6 +230,12 @@ class VmFd(_Fd):
         # believes the slot to be; the lock keeps the two from parting.
         self._slot_lock = threading.Lock()
         self._slot_pages: dict[int, int] = {}
+        self._ring = None
+
+    def close(self) -> None:
+        """Close the descriptor, and unmap the ring. Idempotent."""
+        self._ring = None
+        super().close()
 
     def check_extension(self, cap: int) -> int:
         """``KVM_CHECK_EXTENSION`` on the VM: 0 when the kernel lacks ``cap``."""
@@ -279,7 +295,14 @@ class VmFd(_Fd):
         fd = self._ioctl(
             "KVM_CREATE_VCPU", self._lib.ml_create_vcpu, vcpu_id, detail=f"id {vcpu_id:#x}"
         )
-        return VcpuFd(fd, self._b, vcpu_id, self._mmap_size, self._ring_size)
+        vcpu = VcpuFd(fd, self._b, vcpu_id, self._mmap_size, self._ring_size)
+        if self._ring is None:
+            try:
+                self._map_ring(fd)
+            except BaseException:
+                vcpu.close()
+                raise
+        return vcpu
 
     def enable_cap(self, cap: int, arg: int) -> None:
         """``KVM_ENABLE_CAP``; see `VmHandle.enable_cap`.
@@ -349,6 +372,105 @@ class VmFd(_Fd):
             KvmError: EINVAL where the VM has no rings.
         """
         return self._ioctl("KVM_RESET_DIRTY_RINGS", self._lib.ml_reset_dirty_rings)
+
+    # ---- the bus: ioeventfds and coalesced writes -------------------------------------
+
+    def ioeventfd(
+        self,
+        addr: int,
+        size: int,
+        fd: int,
+        *,
+        datamatch: int | None = None,
+        pio: bool = False,
+        deassign: bool = False,
+    ) -> None:
+        """``KVM_IOEVENTFD``: have a write signal an eventfd; see `VmHandle.ioeventfd`.
+
+        Raises:
+            KvmError: EINVAL for a width that is none, or a descriptor that is no
+                eventfd; EBADF for one that is not open; EEXIST where the same
+                write signals something already; ENOENT for taking back what is
+                not there.
+        """
+        flags = 0
+        if datamatch is not None:
+            flags |= self._lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+        if pio:
+            flags |= self._lib.KVM_IOEVENTFD_FLAG_PIO
+        if deassign:
+            flags |= self._lib.KVM_IOEVENTFD_FLAG_DEASSIGN
+        self._ioctl(
+            "KVM_IOEVENTFD",
+            self._lib.ml_ioeventfd,
+            addr,
+            size,
+            fd,
+            flags,
+            datamatch or 0,
+            detail=f"addr {addr:#x}, len {size:#x}, fd {fd}, flags {flags:#x}, "
+            f"datamatch {datamatch or 0:#x}",
+        )
+
+    def register_coalesced_mmio(self, addr: int, size: int, pio: bool) -> None:
+        """``KVM_REGISTER_COALESCED_MMIO``: writes to a zone go into the ring, without an exit.
+
+        Raises:
+            KvmError: ENOSPC when the bus is full.
+        """
+        self._ioctl(
+            "KVM_REGISTER_COALESCED_MMIO",
+            self._lib.ml_register_coalesced_mmio,
+            addr,
+            size,
+            pio,
+            detail=f"addr {addr:#x}, size {size:#x}, pio {pio:d}",
+        )
+
+    def unregister_coalesced_mmio(self, addr: int, size: int, pio: bool) -> None:
+        """``KVM_UNREGISTER_COALESCED_MMIO``: of *every* zone that contains the range."""
+        self._ioctl(
+            "KVM_UNREGISTER_COALESCED_MMIO",
+            self._lib.ml_unregister_coalesced_mmio,
+            addr,
+            size,
+            pio,
+            detail=f"addr {addr:#x}, size {size:#x}, pio {pio:d}",
+        )
+
+    def _map_ring(self, vcpu: int) -> None:
+        page = self.check_extension(CAP_COALESCED_MMIO)
+        if page:
+            mapping = mmap.mmap(vcpu, mmap.PAGESIZE, offset=page * mmap.PAGESIZE)
+            self._ring = self._b.ffi.from_buffer(mapping), memoryview(mapping)
+
+    def coalesced_pending(self) -> bool:
+        """Whether the ring holds writes. Cheap, and from any thread."""
+        ring = self._ring
+        return ring is not None and self._lib.ml_coalesced_count(ring[0], _RING_ENTRIES) != 0
+
+    def take_coalesced(self) -> list[tuple[int, bytes, bool]]:
+        """Take all writes out of the ring: (address, data, whether to a port), in order.
+
+        By one thread at a time.
+        """
+        if self._ring is None:
+            return []
+        ring, view = self._ring
+        count = self._lib.ml_coalesced_count(ring, _RING_ENTRIES)
+        if not count:
+            return []
+        first = int.from_bytes(view[:4], sys.byteorder)
+        found = []
+        for number in range(first, first + count):
+            addr, length, pio, data = _COALESCED.unpack_from(
+                view, _RING_HEADER + number % _RING_ENTRIES * _COALESCED.size
+            )
+            found.append((addr, data[:length], bool(pio)))
+        self._lib.ml_coalesced_take(ring, _RING_ENTRIES, count)
+        return found
+
+    # ---- the kick ioctls --------------------------------------------------------------
 
     def kick_all_running_vcpus(self) -> None:
         """``KVM_KICK_ALL_RUNNING_VCPUS``; mainline kernels answer ENOTTY."""

@@ -321,12 +321,6 @@ class KvmMemoryListener(MemoryListener):
             if low < high:
                 self.dirty_log.clear(each, low // DIRTY_PAGE_SIZE, -(-high // DIRTY_PAGE_SIZE))
 
-    def eventfd_add(
-        self, section: MemoryRegionSection, match_data: bool, data: int, eventfd: object
-    ) -> None:
-        """Refused: KVM_IOEVENTFD is not made use of yet."""
-        raise _unsupported(f"an ioeventfd at {section!r}")
-
     def release(self) -> None:
         """Let the vCPUs go, if they are held."""
         if self._holding:
@@ -504,7 +498,3 @@ _MIGRATION = 1 << DirtyClient.MIGRATION
 
 def _logs(slot: Memslot | None) -> bool:
     return slot is not None and bool(slot.flags & kernel.MEM_LOG_DIRTY_PAGES)
-
-
-def _unsupported(what: str) -> KvmError:
-    return KvmError(errno.ENOTSUP, f"{what} is not supported on KVM yet")

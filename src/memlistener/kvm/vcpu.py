@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from memlistener.address_space import AddressSpace
     from memlistener.bracket import Gate
     from memlistener.core.flatview import FlatView
+    from memlistener.kvm.coalesced import Coalesced
     from memlistener.kvm.dirty_log import DirtyLog
 
 
@@ -71,6 +72,7 @@ class KvmRun:
         space: Where its MMIO exits go.
         io: Where its PIO exits go; None for nothing there.
         name: For errors.
+        coalesced: The VM's writes that come before any exit.
         readonly_memory: Whether the kernel has slots for read-only memory.
         ring_full: What empties its dirty ring when that is full.
     """
@@ -82,11 +84,13 @@ class KvmRun:
         io: AddressSpace | None,
         name: str,
         *,
+        coalesced: Coalesced,
         readonly_memory: bool = True,
         ring_full: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self._ring_full = ring_full
         self._handle = handle
+        self._coalesced = coalesced
         self._space = space
         self._io = io
         self._name = name
@@ -163,11 +167,21 @@ class KvmRun:
             return "Io", self._handle.io()[0]
         return type(self._handle.terminal_exit()).__name__, None
 
-    def handle(self) -> object:
-        """Serve the exit here, or say who has to."""
+    def handle(self, *, drained: bool = False) -> object:
+        """Serve the exit here, or say who has to.
+
+        Args:
+            drained: The coalesced writes that came before it were served already.
+        """
         if self._errno:
             error, self._errno = self._errno, 0
             raise KvmError(error, f"KVM_RUN of {self._name}: {os.strerror(error)}")
+        if self._coalesced.active and not drained:
+            try:
+                if not self._coalesced.drain_here():
+                    return Serve(self._drain_and_handle())
+            except BaseException as error:
+                return Failed(error, Serve(self._drain_and_handle()))
         reason = self._handle.exit_reason
         seen, self._seen = self._seen, None
         if reason == kernel.EXIT_MMIO:
@@ -182,6 +196,30 @@ class KvmRun:
         self._last = result = self._handle.terminal_exit()
         self.exits.by_reason[type(result).__name__] += 1
         return result
+
+    def _drain_and_handle(self) -> Callable[[], Awaitable[object]]:
+        """Serve the exit in trio, behind the coalesced writes that came before it.
+
+        What is returned is called again where it was cancelled or raised, and
+        then goes on where it was.
+        """
+        handled = False
+        todo: object = None
+
+        async def serve() -> object:
+            nonlocal handled, todo
+            if not handled:
+                await self._coalesced.drain()
+                if self.closed:
+                    return None
+                todo = self.handle(drained=True)
+                handled = True
+            if isinstance(todo, Failed):
+                error, todo = todo.error, todo.again
+                raise error
+            return await todo.call() if isinstance(todo, Serve) else todo
+
+        return serve
 
     def _mmio(self, seen: FlatView | None) -> object:
         self._last = addr, size, is_write, data = self._handle.mmio()
@@ -332,6 +370,7 @@ class Vcpu:
         space: AddressSpace,
         io: AddressSpace | None,
         *,
+        coalesced: Coalesced,
         readonly_memory: bool = True,
         log: DirtyLog | None = None,
         ring_full: Callable[[], Coroutine[Any, Any, None]] | None = None,
@@ -348,6 +387,7 @@ class Vcpu:
             space,
             io,
             f"vcpu {vcpu_id}",
+            coalesced=coalesced,
             readonly_memory=readonly_memory,
             ring_full=ring_full,
         )
@@ -386,7 +426,8 @@ class Vcpu:
             KvmError: KVM_RUN itself failed.
             trio.ClosedResourceError: The VM is closed, or was meanwhile.
             Exception: Whatever a device's ops raised. The access is served
-                again by the next `run`.
+                again by the next `run`. A coalesced write of any vCPU may be
+                what failed: it comes before every exit.
         """
         return cast(VcpuExit, await self._runner.run())
 

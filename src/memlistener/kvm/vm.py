@@ -12,10 +12,12 @@ import trio
 
 from memlistener.address_space import AddressSpace
 from memlistener.bracket import MIN_RUN, Gate, GateStatistics, Pausing
-from memlistener.errors import KvmUnavailableError, RegionError
+from memlistener.errors import KvmUnavailableError, RegionError, TransactionError
 from memlistener.instrument import Instrument
 from memlistener.kvm import backend as kernel
+from memlistener.kvm.coalesced import Coalesced
 from memlistener.kvm.dirty_log import RING_ENTRIES, DirtyLogMethod, open_dirty_log
+from memlistener.kvm.io_listener import KvmIoListener
 from memlistener.kvm.kick import KickIoctls
 from memlistener.kvm.listener import (
     KvmBitmapMemoryListener,
@@ -72,8 +74,10 @@ class Vm:
         io: AddressSpace | None,
         gate: Gate,
         listener: KvmMemoryListener,
+        coalesced: Coalesced,
     ) -> None:
         """Use `open_vm`."""
+        self._coalesced = coalesced
         self._handle = handle
         self._space = space
         self._io = io
@@ -131,6 +135,7 @@ class Vm:
                 self._gate,
                 self._space,
                 self._io,
+                coalesced=self._coalesced,
                 readonly_memory=self._listener.readonly_memory,
                 log=self._listener.dirty_log,
                 ring_full=functools.partial(self._listener.empty_rings, handle),
@@ -172,6 +177,30 @@ class Vm:
             KeyError: It was not added, or was removed because it raised.
         """
         self._gate.instruments.remove(instrument)
+
+    async def flush_coalesced(self) -> None:
+        """Serve what the guest has written to coalesced ranges so far.
+
+        For a device whose state is about to be looked at: the guest's writes may
+        be late (QEMU's ``qemu_flush_coalesced_mmio_buffer``). A checkpoint. In a
+        handler of such a write it does nothing: later ones come after it.
+
+        Raises:
+            Exception: Whatever a device's ops raised. The write stays, and those
+                behind it, for the next exit, transaction or flush.
+            TransactionError: Inside a transaction of the same task: a handler may be
+                waiting for it to end. Its beginning served what there was.
+            trio.ClosedResourceError: The VM is closed.
+        """
+        await trio.lowlevel.checkpoint()
+        if self._closed:
+            raise trio.ClosedResourceError("the VM is closed")
+        if self._space.memory._owned():
+            raise TransactionError(
+                "flush_coalesced() inside a transaction of the same task: a handler may be "
+                "waiting for it to end; flush before it, or after"
+            )
+        await self._coalesced.drain()
 
     def statistics(self) -> VmStatistics:
         """What the VM has done so far."""
@@ -219,7 +248,11 @@ async def open_vm(
     """A virtual machine that has ``space`` for its memory, until the block ends.
 
     Every commit to ``space`` changes the machine's memslots, with its vCPUs
-    held outside the guest as ``policy`` says.
+    held outside the guest as ``policy`` says. ioeventfds and coalesced ranges of
+    both address spaces are the kernel's to see to, as far as it can.
+
+    Coalesced writes that are left when the block ends without an error are
+    served then, behind the vCPUs' last exits.
 
     Args:
         space: The guest's physical memory.
@@ -273,9 +306,20 @@ async def open_vm(
         await space.memory.register(listener, space)
         # A torn map is not run on (T13).
         stack.callback(space.memory.when_broken(lambda _: gate.hold_nowait("broken")))
-        vm = Vm(handle, space, io, gate, listener)
+        coalesced = Coalesced(handle, space, io)
+        for where in (space,) if io is None else (space, io):
+            bus = KvmIoListener(handle, coalesced, pio=where is io)
+            stack.callback(bus.detach, where)
+            await space.memory.register(bus, where)
+        # Coalesced writes are for the map that there was when the guest made them.
+        stack.callback(space.memory.before_transaction(coalesced.drain_before_change))
+        vm = Vm(handle, space, io, gate, listener, coalesced)
         stack.push_async_callback(vm._close)
         yield vm
+        # Nothing that the guest wrote is lost. Not where the block raised: that may
+        # have been a handler of the very write.
+        await vm._close()
+        await coalesced.drain()
 
 
 def _open() -> kernel.KvmBackend:

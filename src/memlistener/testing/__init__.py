@@ -6,6 +6,7 @@ is found by pytest.
 """
 
 from memlistener.testing.assertions import assert_flatview, assert_trace
+from memlistener.testing.fake_bus import FakeIoEventFd, FakeZone
 from memlistener.testing.fake_ioctls import Ioctl
 from memlistener.testing.fake_kvm import FakeKvm, FakeVm
 from memlistener.testing.fake_memslots import FakeMemslot
@@ -30,11 +31,13 @@ from memlistener.testing.recording import Heard, RecordingListener
 __all__ = [
     "Deaf",
     "Exit",
+    "FakeIoEventFd",
     "FakeKvm",
     "FakeMemslot",
     "FakeVcpu",
     "FakeVcpuStatistics",
     "FakeVm",
+    "FakeZone",
     "Fetch",
     "GuestProgram",
     "GuestScript",

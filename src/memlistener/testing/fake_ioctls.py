@@ -24,13 +24,16 @@ IOCTLS = frozenset(
         "KVM_GET_DIRTY_LOG",
         "KVM_GET_REGS",
         "KVM_GET_SREGS",
+        "KVM_IOEVENTFD",
         "KVM_KICK_ALL_RUNNING_VCPUS",
+        "KVM_REGISTER_COALESCED_MMIO",
         "KVM_RESET_DIRTY_RINGS",
         "KVM_RESUME_ALL_KICKED_VCPUS",
         "KVM_RUN",
         "KVM_SET_REGS",
         "KVM_SET_SREGS",
         "KVM_SET_USER_MEMORY_REGION",
+        "KVM_UNREGISTER_COALESCED_MMIO",
     }
 )
 

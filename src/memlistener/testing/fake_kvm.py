@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from memlistener.kvm import backend
+from memlistener.testing.fake_bus import FakeIoEventFd, FakeZone
 from memlistener.testing.fake_dirty_ring import DirtyRing
 from memlistener.testing.fake_ioctls import Ioctl, IoctlRecorder
 from memlistener.testing.fake_memslots import PAGE_SIZE, FakeMemslot, MemslotTable, kernel_error
@@ -41,6 +42,7 @@ _CAPABILITIES = {
     backend.CAP_COALESCED_MMIO: 2,
     backend.CAP_IOEVENTFD: 1,
     backend.CAP_READONLY_MEM: 1,
+    backend.CAP_IOEVENTFD_NO_LENGTH: 1,
     backend.CAP_IMMEDIATE_EXIT: 1,
     backend.CAP_COALESCED_PIO: 1,
     backend.CAP_MANUAL_DIRTY_LOG_PROTECT2: 3,
@@ -227,6 +229,18 @@ class FakeVm:
             return self._state.memslots.slots()
 
     @property
+    def ioeventfds(self) -> tuple[FakeIoEventFd, ...]:
+        """The ioeventfds there are."""
+        with self._state.recorder.lock:
+            return self._state.bus.ioeventfds()
+
+    @property
+    def coalesced_zones(self) -> tuple[FakeZone, ...]:
+        """The zones whose writes go into the ring."""
+        with self._state.recorder.lock:
+            return self._state.bus.zones()
+
+    @property
     def inside(self) -> frozenset[int]:
         """The ids of the vCPUs that are inside ``KVM_RUN``."""
         with self._state.recorder.lock:
@@ -248,12 +262,10 @@ class FakeVm:
             KvmError: EINVAL or EEXIST, where the kernel would.
             OverflowError: A value does not fit into its field.
         """
-        for value, limit in (
+        _check_fields(
             *((slot, _U32), (flags, _U32)),
             *((guest_phys_addr, _U64), (memory_size, _U64), (userspace_addr, _U64)),
-        ):
-            if not 0 <= value <= limit:
-                raise OverflowError(f"{value:#x} does not fit into 0...{limit:#x}")
+        )
         new = FakeMemslot(slot, flags, guest_phys_addr, memory_size, userspace_addr)
         self._ioctl(
             "KVM_SET_USER_MEMORY_REGION",
@@ -367,6 +379,76 @@ class FakeVm:
 
         return self._ioctl("KVM_RESET_DIRTY_RINGS", effect, {})
 
+    def ioeventfd(
+        self,
+        addr: int,
+        size: int,
+        fd: int,
+        *,
+        datamatch: int | None = None,
+        pio: bool = False,
+        deassign: bool = False,
+    ) -> None:
+        """``KVM_IOEVENTFD``; see `VmHandle.ioeventfd`.
+
+        Raises:
+            KvmError: As the kernel: EINVAL, EBADF, EEXIST, ENOENT.
+            OverflowError: A value does not fit into its field.
+        """
+        _check_fields((addr, _U64), (size, _U32), (datamatch or 0, _U64))
+
+        def effect() -> None:
+            self._need(backend.CAP_IOEVENTFD)
+            if not size and not deassign:
+                self._need(backend.CAP_IOEVENTFD_NO_LENGTH, errno.EINVAL)
+            bus = self._state.bus
+            (bus.deassign if deassign else bus.assign)(addr, size, fd, datamatch, pio)
+
+        self._ioctl(
+            "KVM_IOEVENTFD",
+            effect,
+            {
+                "addr": addr,
+                "size": size,
+                "fd": fd,
+                "datamatch": datamatch,
+                "pio": pio,
+                "deassign": deassign,
+            },
+        )
+
+    def register_coalesced_mmio(self, addr: int, size: int, pio: bool) -> None:
+        """``KVM_REGISTER_COALESCED_MMIO``; see `VmHandle.register_coalesced_mmio`.
+
+        Raises:
+            KvmError: ENOSPC where the bus is full.
+            OverflowError: A value does not fit into its field.
+        """
+        self._zone("KVM_REGISTER_COALESCED_MMIO", addr, size, pio, self._state.bus.register)
+
+    def unregister_coalesced_mmio(self, addr: int, size: int, pio: bool) -> None:
+        """``KVM_UNREGISTER_COALESCED_MMIO``: of *every* zone that contains the range."""
+        self._zone("KVM_UNREGISTER_COALESCED_MMIO", addr, size, pio, self._state.bus.unregister)
+
+    def _zone(
+        self, name: str, addr: int, size: int, pio: bool, effect: Callable[[FakeZone], None]
+    ) -> None:
+        def checked() -> None:
+            self._need(backend.CAP_COALESCED_PIO if pio else backend.CAP_COALESCED_MMIO)
+            effect(FakeZone(addr, size, pio))
+
+        _check_fields((addr, _U64), (size, _U32))
+        self._ioctl(name, checked, {"addr": addr, "size": size, "pio": pio})
+
+    def coalesced_pending(self) -> bool:
+        """Whether the ring holds writes."""
+        return self._state.bus.pending
+
+    def take_coalesced(self) -> list[tuple[int, bytes, bool]]:
+        """Take all writes out of the ring: (address, data, whether to a port), in order."""
+        with self._state.recorder.lock:
+            return self._state.bus.take()
+
     def kick_all_running_vcpus(self) -> None:
         """``KVM_KICK_ALL_RUNNING_VCPUS``: turn vCPUs out, and wait until they are.
 
@@ -391,8 +473,14 @@ class FakeVm:
         self._ioctl("KVM_RESUME_ALL_KICKED_VCPUS", effect, {})
 
     def close(self) -> None:
-        """Close the descriptor. Idempotent; vCPUs live on, as they do in the kernel."""
-        self._closed = True
+        """Close the descriptor. Idempotent.
+
+        vCPUs live on, as they do in the kernel; ioeventfds and coalesced zones,
+        here, do not.
+        """
+        with self._state.recorder.lock:
+            self._closed = True
+            self._state.bus.close()
 
     def _kick_all(self) -> None:
         self._check_kick_ioctls()
@@ -420,6 +508,10 @@ class FakeVm:
         finally:
             self._state.recorder.lock.acquire()
 
+    def _need(self, cap: int, number: int = errno.ENOTTY) -> None:
+        if not self._kvm._capabilities.get(cap, 0):
+            raise kernel_error(number, f"this kernel lacks capability {cap}")
+
     def _check_kick_ioctls(self) -> None:
         if not self._kvm._kick_ioctls:
             raise kernel_error(errno.ENOTTY, "this kernel does not have the kick ioctls")
@@ -436,3 +528,10 @@ class FakeVm:
         return self._kvm._recorder.call(
             name, effect, args=args, vm=self.index, inside=self._state.inside, summary=summary
         )
+
+
+def _check_fields(*fields: tuple[int, int]) -> None:
+    """What cffi refuses before there is an ioctl: each (value, largest that fits)."""
+    for value, limit in fields:
+        if not 0 <= value <= limit:
+            raise OverflowError(f"{value:#x} does not fit into 0...{limit:#x}")

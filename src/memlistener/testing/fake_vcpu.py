@@ -33,6 +33,7 @@ import attrs
 from memlistener.kvm.backend import EXIT_DIRTY_RING_FULL
 from memlistener.kvm.exits import VcpuExit
 from memlistener.testing import fake_registers
+from memlistener.testing.fake_bus import FakeBus
 from memlistener.testing.fake_dirty_ring import DirtyRing
 from memlistener.testing.fake_ioctls import Begun, IoctlRecorder
 from memlistener.testing.fake_memslots import PAGE_SIZE, MemslotTable, kernel_error
@@ -85,6 +86,7 @@ class VmState:
     left: threading.Condition
     inside: set[int] = attrs.Factory(set)
     kicked: bool = False
+    bus: FakeBus = attrs.Factory(FakeBus)
 
 
 class FakeVcpu:
@@ -117,7 +119,7 @@ class FakeVcpu:
         self._sregs = fake_registers.reset_sregs(vcpu_id)
 
         # Guarded by the running flag: one thread at a time.
-        self._guest = ScriptedGuest(self._memory, script)
+        self._guest = ScriptedGuest(self._memory, script, self._bus)
         self._spun = 0
 
         # Guarded by the lock: what other threads have a hand in.
@@ -481,6 +483,11 @@ class FakeVcpu:
                 if not done:
                     left.append((offset, length))
         return left
+
+    def _bus(self, addr: int, data: bytes, pio: bool) -> bool:
+        """Have an ioeventfd or the coalesced ring take a write, if one does."""
+        with self._lock:
+            return self._vm.bus.write(addr, data, pio)
 
     # With the lock held.
 

@@ -54,6 +54,9 @@ A read fills in the data. Returned is what is left, one (offset into data,
 length) for each page.
 """
 
+Bus = Callable[[int, bytes, bool], bool]
+"""Takes a write (address, data, whether to a port) without an exit; or does not."""
+
 
 @attrs.define
 class _PendingMmio:
@@ -76,9 +79,15 @@ class ScriptedGuest:
         internal_errors: How many fetches found no memslot.
     """
 
-    def __init__(self, memory: Memory, script: Iterable[Instruction]) -> None:
-        """A guest at the start of its script, whose accesses go to ``memory``."""
+    def __init__(
+        self,
+        memory: Memory,
+        script: Iterable[Instruction],
+        bus: Bus = lambda addr, data, pio: False,
+    ) -> None:
+        """A guest at the start of its script, whose accesses go to ``memory`` and ``bus``."""
         self._memory = memory
+        self._bus = bus
         self.exit_reason = 0
         self.instructions = self.mmio_exits = self.pio_exits = self.internal_errors = 0
         self._terminal: VcpuExit = Unknown(0)
@@ -122,8 +131,11 @@ class ScriptedGuest:
             case In(port=port, size=size, count=count):
                 self._exit_io(instruction, (port, size, count, False))
             case Out(port=port, size=size, count=count, value=value):
-                length = size * count
-                self._io_data[:length] = value.to_bytes(length, "little")
+                data = value.to_bytes(size * count, "little")
+                if self._out(port, data, size):
+                    self.retire()
+                    return False
+                self._io_data[: len(data)] = data
                 self._exit_io(instruction, (port, size, count, True))
             case Exit(value=terminal):
                 self.retire()
@@ -203,12 +215,25 @@ class ScriptedGuest:
         if not left:
             self.retire(0 if is_write else int.from_bytes(data, "little"))
             return False
-        fragments = [
-            (offset + inner, size)
-            for offset, length in left
-            for inner, size in cut(0, length, _MMIO_FRAGMENT)
-        ]
+        fragments = []
+        for offset, length in left:
+            on_bus = is_write  # what follows the first part that exits does so too
+            for inner, size in cut(0, length, _MMIO_FRAGMENT):
+                at = offset + inner
+                on_bus = on_bus and self._bus(addr + at, bytes(data[at : at + size]), False)
+                if not on_bus:
+                    fragments.append((at, size))
+        if not fragments:
+            self.retire()
+            return False
         self._exit_mmio(_PendingMmio(addr, data, is_write, fragments))
+        return True
+
+    def _out(self, port: int, data: bytes, size: int) -> bool:
+        """Whether the bus takes an OUT: the first access decides; what it then refuses is lost."""
+        for at in range(0, len(data), size):
+            if not self._bus(port, data[at : at + size], True):
+                return at > 0
         return True
 
     def _fetch(self, addr: int, size: int) -> bool:

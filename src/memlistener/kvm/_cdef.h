@@ -42,6 +42,7 @@
 struct kvm_run {
     uint8_t immediate_exit;
     uint32_t exit_reason;
+    uint16_t flags;
     union {
         struct {
             uint64_t hardware_exit_reason;

@@ -72,6 +72,11 @@ class VcpuHandle(Protocol):
         """``kvm_run.exit_reason`` of the last exit."""
         ...
 
+    @property
+    def in_smm(self) -> bool:
+        """Whether the vCPU was in system management mode at the last exit."""
+        ...
+
     def mmio(self) -> tuple[int, int, bool, bytes]:
         """The last MMIO exit: (physical address, length, is_write, data).
 

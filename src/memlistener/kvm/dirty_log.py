@@ -80,9 +80,8 @@ class DirtyLog(Protocol):
 
     Attributes:
         ioctl: The name of the ioctl that fetches.
-        overflowed: Some writes were not recorded. Whoever fetched is to turn the
-            log of every slot off and on again, with all vCPUs held, which protects
-            all pages anew; then to call `recovered`.
+        overflowed: Some writes were not recorded: whoever fetched is to call
+            `recover`, with all vCPUs held.
         overflows: How often that happened.
     """
 
@@ -106,8 +105,12 @@ class DirtyLog(Protocol):
         """A vCPU has left the guest since its ring is full."""
         ...
 
-    def recovered(self) -> None:
-        """See `overflowed`."""
+    def when_overflowed(self, protect: Callable[[], object]) -> None:
+        """Have ``protect()`` turn the logs of some slots off and on, in `recover`."""
+        ...
+
+    def recover(self) -> None:
+        """Protect all pages that log anew, and count them as written."""
         ...
 
     def clear(self, logged: Logged, first: int, end: int) -> None:
@@ -229,8 +232,11 @@ class DirtyBitmapLog:
     def full(self, vcpu: kernel.VcpuHandle) -> None:
         """See `DirtyLog`: there are no rings."""
 
-    def recovered(self) -> None:
+    def when_overflowed(self, protect: Callable[[], object]) -> None:
         """See `DirtyLog`: a bitmap has room for all."""
+
+    def recover(self) -> None:
+        """See `DirtyLog`."""
 
     def add_vcpu(self, handle: kernel.VcpuHandle) -> None:
         """See `DirtyLog`: the bitmaps are the slots'."""
@@ -275,7 +281,7 @@ class DirtyRingLog:
     kernel and we are at different places in the ring. Nothing is lost all the
     same: that it happened is seen (a ring with no free entry, or entries that the
     kernel does not take back), every page that logs counts as written, all of them
-    are protected anew (`overflowed` asks the listener to do so), and the place is
+    are protected anew (`overflowed` asks for `recover`), and the place is
     found again, by giving back what lies between.
 
     Args:
@@ -295,6 +301,7 @@ class DirtyRingLog:
         self._entries = entries
         self._rings: dict[kernel.VcpuHandle, _Ring] = {}
         self._logged: dict[int, Logged] = {}
+        self._protect: list[Callable[[], object]] = []
         for cap in (kernel.CAP_DIRTY_LOG_RING_ACQ_REL, kernel.CAP_DIRTY_LOG_RING):
             most = vm.check_extension(cap)
             if most:
@@ -396,8 +403,22 @@ class DirtyRingLog:
         for ring in self._rings.values():  # which of them it was is not always plain
             ring.astray = True
 
-    def recovered(self) -> None:
-        """All slots that log were protected anew: every page of theirs counts as written."""
+    def when_overflowed(self, protect: Callable[[], object]) -> None:
+        """See `DirtyLog`."""
+        self._protect.append(protect)
+
+    def recover(self) -> None:
+        """See `DirtyLog`.
+
+        Raises:
+            KvmError: The kernel refuses; `overflowed` stays, and the next fetch is to
+                try again.
+        """
+        for protect in self._protect:
+            protect()
+        self._mark_all()
+
+    def _mark_all(self) -> None:
         for each in self._logged.values():
             each.block.mark_dirty(each.offset, each.memslot.memory_size, each.clients)
         self.overflowed = False
@@ -418,7 +439,7 @@ class DirtyRingLog:
     def close(self) -> None:
         """See `DirtyLog`."""
         if self.overflowed:
-            self.recovered()
+            self._mark_all()
 
 
 def open_dirty_log(vm: kernel.VmHandle, method: DirtyLogMethod, ring_entries: int) -> DirtyLog:

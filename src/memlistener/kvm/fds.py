@@ -41,6 +41,8 @@ from memlistener.kvm.structs import dict_to_struct, struct_to_dict, terminal_exi
 
 _API_VERSION: Final = 12
 
+_IN_SMM: Final = 1  # KVM_RUN_X86_SMM
+
 # Three pages that Intel's processors need for real mode, in the customary place: they end where
 # a BIOS of 256 KiB begins. There the kernel may refuse a slot that overlaps them, with EEXIST.
 _TSS_ADDR: Final = 0xFFFBD000
@@ -584,6 +586,14 @@ class VcpuFd(_Fd):
         if run is None:
             raise self._closed_error()
         return run.exit_reason  # type: ignore[no-any-return]
+
+    @property
+    def in_smm(self) -> bool:
+        """Whether the vCPU was in system management mode at the last exit."""
+        run = self._run
+        if run is None:
+            raise self._closed_error()
+        return bool(run.flags & _IN_SMM)
 
     def mmio(self) -> tuple[int, int, bool, bytes]:
         """The last MMIO exit: (physical address, length, is_write, data).

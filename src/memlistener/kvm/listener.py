@@ -65,6 +65,8 @@ class KvmMemoryListener(MemoryListener):
         gate: The gate that its vCPUs pass.
         policy: When to hold them.
         dirty_log: How dirty bits are fetched; None for KVM_GET_DIRTY_LOG.
+        as_id: KVM's address space: 0, or 1 for what a vCPU sees in system
+            management mode (KVM_CAP_MULTI_ADDRESS_SPACE).
         limit: How many slots the kernel has; None to ask it.
         max_slot: Most bytes in one slot.
         name: The address space's, for instruments.
@@ -79,6 +81,7 @@ class KvmMemoryListener(MemoryListener):
         policy: KickPolicy = KickPolicy.EVERY_COMMIT,
         *,
         dirty_log: DirtyLog | None = None,
+        as_id: int = 0,
         limit: int | None = None,
         max_slot: int = MAX_SLOT_BYTES,
         name: str = "memory",
@@ -90,8 +93,9 @@ class KvmMemoryListener(MemoryListener):
         self._max_slot = max_slot
         if limit is None:
             limit = vm.check_extension(kernel.CAP_NR_MEMSLOTS) or 32  # KVM's old default
-        self._table = SlotTable(limit)
+        self._table = SlotTable(limit, as_id)
         self.dirty_log = dirty_log or DirtyBitmapLog(vm, manual=False)
+        self.dirty_log.when_overflowed(self._log_anew)
         self._logs_all = False  # memory-wide logging is on
         self._clients: dict[Mapping, int] = {}  # who is to log which mapping
         self._reassigned: dict[Mapping, None] = {}  # that stay, and log for others
@@ -196,7 +200,7 @@ class KvmMemoryListener(MemoryListener):
             self._fetch(ending)
             if self.dirty_log.overflowed:
                 await self._hold()  # the policy may be to do without
-                self._log_anew()
+                self.dirty_log.recover()
         for logged in ending:
             # Under manual protection, what nobody has taken would be reported again:
             # to clients to come, too.
@@ -243,7 +247,7 @@ class KvmMemoryListener(MemoryListener):
         async with self._gate.holding("dirty log"):
             self.dirty_log.fetch(())
             if self.dirty_log.overflowed:
-                self._log_anew()
+                self.dirty_log.recover()
 
     def _log_anew(self) -> None:
         """Turn the log of each slot that has one off and on: all its pages are protected."""
@@ -251,7 +255,6 @@ class KvmMemoryListener(MemoryListener):
         for slot in logging:
             off = SlotOp(slot, Memslot(slot.slot, attrs.evolve(slot.mapping, flags=0)))
             self._make([off, off.inverse])
-        self.dirty_log.recovered()
 
     def _ending(self, ops: Iterable[SlotOp]) -> list[Logged]:
         """The logs whose bits would be lost, or become somebody else's (rule B12)."""
@@ -348,7 +351,6 @@ class KvmMemoryListener(MemoryListener):
         try:
             self.dirty_log.fetch(self._logged.values())
         finally:
-            self.dirty_log.close()
             self._logged.clear()
             self._pins.clear()
 

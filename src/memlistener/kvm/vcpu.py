@@ -73,6 +73,7 @@ class KvmRun:
         io: Where its PIO exits go; None for nothing there.
         name: For errors.
         coalesced: The VM's writes that come before any exit.
+        smm: Where its MMIO exits go in system management mode, if elsewhere.
         readonly_memory: Whether the kernel has slots for read-only memory.
         ring_full: What empties its dirty ring when that is full.
     """
@@ -85,9 +86,11 @@ class KvmRun:
         name: str,
         *,
         coalesced: Coalesced,
+        smm: AddressSpace | None = None,
         readonly_memory: bool = True,
         ring_full: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
+        self._smm = smm
         self._ring_full = ring_full
         self._handle = handle
         self._coalesced = coalesced
@@ -113,7 +116,7 @@ class KvmRun:
         if not error:
             # The view in force while the guest made the access: nobody publishes
             # another one before this thread has passed the gate.
-            self._seen = self._space.view
+            self._seen = self._memory().view
             return False
         if error == errno.EINTR:
             self.exits.kicked += 1
@@ -221,12 +224,16 @@ class KvmRun:
 
         return serve
 
+    def _memory(self) -> AddressSpace:
+        """What the vCPU sees in the mode that it is in."""
+        return self._space if self._smm is None or not self._handle.in_smm else self._smm
+
     def _mmio(self, seen: FlatView | None) -> object:
         self._last = addr, size, is_write, data = self._handle.mmio()
         self.exits.by_reason["Mmio"] += 1
         if seen is not None and self._is_hole(seen, addr, is_write):
             self.exits.holes += 1
-        space = self._space
+        space = self._memory()
         view = space.view
         done = self._in_one_call(view, addr, size, data if is_write else None)
         if done is True:
@@ -371,6 +378,7 @@ class Vcpu:
         io: AddressSpace | None,
         *,
         coalesced: Coalesced,
+        smm: AddressSpace | None = None,
         readonly_memory: bool = True,
         log: DirtyLog | None = None,
         ring_full: Callable[[], Coroutine[Any, Any, None]] | None = None,
@@ -388,6 +396,7 @@ class Vcpu:
             io,
             f"vcpu {vcpu_id}",
             coalesced=coalesced,
+            smm=smm,
             readonly_memory=readonly_memory,
             ring_full=ring_full,
         )

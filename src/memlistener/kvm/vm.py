@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 import attrs
 import trio
@@ -72,17 +72,19 @@ class Vm:
         handle: kernel.VmHandle,
         space: AddressSpace,
         io: AddressSpace | None,
+        smm: AddressSpace | None,
         gate: Gate,
-        listener: KvmMemoryListener,
+        listeners: Sequence[KvmMemoryListener],
         coalesced: Coalesced,
     ) -> None:
         """Use `open_vm`."""
         self._coalesced = coalesced
+        self._smm = smm
         self._handle = handle
         self._space = space
         self._io = io
         self._gate = gate
-        self._listener = listener
+        self._listeners = listeners  # by as_id
         self._vcpus: list[Vcpu] = []
         self._closed_vcpus: list[VcpuStatistics] = []
         self._next_id = 0
@@ -92,6 +94,11 @@ class Vm:
     def space(self) -> AddressSpace:
         """The address space that is the guest's memory."""
         return self._space
+
+    @property
+    def smm(self) -> AddressSpace | None:
+        """What vCPUs see in system management mode, if that is something else."""
+        return self._smm
 
     @property
     def io(self) -> AddressSpace | None:
@@ -105,8 +112,8 @@ class Vm:
 
     @property
     def memslots(self) -> tuple[Memslot, ...]:
-        """The memslots that the kernel has, by guest address."""
-        return self._listener.memslots
+        """The memslots that the kernel has, by guest address; those for SMM come last."""
+        return tuple(slot for each in self._listeners for slot in each.memslots)
 
     async def create_vcpu(self, vcpu_id: int | None = None) -> Vcpu:
         """A new vCPU, and its thread (KVM_CREATE_VCPU).
@@ -136,9 +143,10 @@ class Vm:
                 self._space,
                 self._io,
                 coalesced=self._coalesced,
-                readonly_memory=self._listener.readonly_memory,
-                log=self._listener.dirty_log,
-                ring_full=functools.partial(self._listener.empty_rings, handle),
+                smm=self._smm,
+                readonly_memory=self._listeners[0].readonly_memory,
+                log=self._listeners[0].dirty_log,
+                ring_full=functools.partial(self._listeners[0].empty_rings, handle),
                 closed=self._forget,
             )
         except BaseException:
@@ -205,18 +213,18 @@ class Vm:
     def statistics(self) -> VmStatistics:
         """What the VM has done so far."""
         vcpus = (*self._closed_vcpus, *(each.statistics() for each in self._vcpus))
-        listener = self._listener
+        spaces = [each for each in (self._space, self._io, self._smm) if each is not None]
+        stopped = self._listeners[0].stopped  # one for all of them
         return VmStatistics(
-            brackets=listener.brackets,
-            memslot_ioctls=listener.ioctls,
-            memslots=len(listener.memslots),
+            brackets=sum(each.brackets for each in self._listeners),
+            memslot_ioctls=sum(each.ioctls for each in self._listeners),
+            memslots=len(self.memslots),
             gate=self._gate.statistics(),
-            stopped_median=listener.stopped.quantile(0.5) / 1e9,
-            stopped_max=listener.stopped.maximum / 1e9,
-            dirty_ring_overflows=listener.dirty_log.overflows,
+            stopped_median=stopped.quantile(0.5) / 1e9,
+            stopped_max=stopped.maximum / 1e9,
+            dirty_ring_overflows=self._listeners[0].dirty_log.overflows,
             holes=sum(each.holes for each in vcpus),
-            unassigned=self._space.unassigned_accesses
-            + (self._io.unassigned_accesses if self._io is not None else 0),
+            unassigned=sum(each.unassigned_accesses for each in dict.fromkeys(spaces)),
             vcpus=tuple(sorted(vcpus, key=lambda each: each.id)),
         )
 
@@ -239,6 +247,7 @@ async def open_vm(
     space: AddressSpace,
     io: AddressSpace | None = None,
     *,
+    smm: AddressSpace | None = None,
     policy: KickPolicy = KickPolicy.EVERY_COMMIT,
     dirty_log: DirtyLogMethod = DirtyLogMethod.MANUAL_PROTECT,
     dirty_ring_entries: int = RING_ENTRIES,
@@ -257,6 +266,8 @@ async def open_vm(
     Args:
         space: The guest's physical memory.
         io: The guest's I/O ports; without it, nothing answers there.
+        smm: What a vCPU sees in system management mode instead of ``space``, where
+            the kernel has a second address space for it.
         policy: When vCPUs are held.
         dirty_log: How the kernel says which pages guests have written, once
             somebody logs them.
@@ -268,16 +279,17 @@ async def open_vm(
 
     Raises:
         KvmUnavailableError: /dev/kvm cannot be used, or not with such a dirty log;
-            says why and the mend.
+            or not with a second address space; says why and the mend.
         KvmError: The kernel refuses the VM or its memory.
-        RegionError: ``io`` belongs to another memory system.
+        RegionError: ``io`` or ``smm`` belongs to another memory system.
         TransactionError: Inside a transaction of the same task.
     """
-    if io is not None and io.memory is not space.memory:
-        raise RegionError(
-            f"{space!r} and {io!r} belong to different memory systems: create both in one, so "
-            f"that one transaction can change both"
-        )
+    for other in (io, smm):
+        if other is not None and other.memory is not space.memory:
+            raise RegionError(
+                f"{space!r} and {other!r} belong to different memory systems: create both in one, "
+                f"so that one transaction can change both"
+            )
     async with contextlib.AsyncExitStack() as stack:
         if backend is None:
             kvm: kernel.KvmBackend = stack.enter_context(contextlib.closing(_open()))
@@ -296,14 +308,25 @@ async def open_vm(
         gate = Gate(min_run=getattr(kvm, "min_run", MIN_RUN), assist=kick)
         for each in instruments:
             gate.instruments.add(each)
+        if smm is not None and handle.check_extension(kernel.CAP_MULTI_ADDRESS_SPACE) < 2:
+            raise KvmUnavailableError(
+                "this kernel has no second address space (KVM_CAP_MULTI_ADDRESS_SPACE): on x86 it "
+                "has one with CONFIG_KVM_SMM; leave smm out, and vCPUs see memory in system "
+                "management mode, too"
+            )
         log = open_dirty_log(handle, dirty_log, dirty_ring_entries)
-        kind = (
+        stack.callback(log.close)
+        kind: type[KvmMemoryListener] = (
             KvmRingMemoryListener if dirty_log is DirtyLogMethod.RING else KvmBitmapMemoryListener
         )
-        listener: KvmMemoryListener = kind(handle, gate, policy, name=space.name, dirty_log=log)
-        # Whatever happens from here on, memory is not to talk to a closed VM.
-        stack.callback(listener.detach, space)
-        await space.memory.register(listener, space)
+        listeners: list[KvmMemoryListener] = []
+        for as_id, where in enumerate((space,) if smm is None else (space, smm)):
+            listener = kind(handle, gate, policy, name=where.name, dirty_log=log, as_id=as_id)
+            listeners.append(listener)
+            listener.stopped = listeners[0].stopped
+            # Whatever happens from here on, memory is not to talk to a closed VM.
+            stack.callback(listener.detach, where)
+            await space.memory.register(listener, where)
         # A torn map is not run on (T13).
         stack.callback(space.memory.when_broken(lambda _: gate.hold_nowait("broken")))
         coalesced = Coalesced(handle, space, io)
@@ -313,7 +336,7 @@ async def open_vm(
             await space.memory.register(bus, where)
         # Coalesced writes are for the map that there was when the guest made them.
         stack.callback(space.memory.before_transaction(coalesced.drain_before_change))
-        vm = Vm(handle, space, io, gate, listener, coalesced)
+        vm = Vm(handle, space, io, smm, gate, listeners, coalesced)
         stack.push_async_callback(vm._close)
         yield vm
         # Nothing that the guest wrote is lost. Not where the block raised: that may

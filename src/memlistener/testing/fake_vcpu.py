@@ -279,6 +279,12 @@ class FakeVcpu:
         self._check_open()
         return self._guest.exit_reason
 
+    @property
+    def in_smm(self) -> bool:
+        """Whether the vCPU is in system management mode: `address_space_id` is 1."""
+        self._check_open()
+        return self.address_space_id == 1
+
     def mmio(self) -> tuple[int, int, bool, bytes]:
         """The last MMIO exit: (physical address, length, is_write, data)."""
         self._check_open()

@@ -49,6 +49,16 @@ def test_passes_are_read_by_number() -> None:
     assert guest.passes(memoryview(memory), 2) == 0
 
 
+def test_no_page_is_like_another() -> None:
+    """Nor empty: one that was never copied, or to the wrong place, differs from the file."""
+    memory = bytearray(1 << 20)
+    guest.load(memoryview(memory))
+    pages = {bytes(memory[at : at + guest.PAGE]) for at in range(0, len(memory), guest.PAGE)}
+    assert len(pages) == len(memory) // guest.PAGE
+    assert memory[guest.CODE : guest.CODE + len(guest.PROGRAM)] == guest.PROGRAM
+    assert guest.DMA + 8 <= guest.LABEL <= guest.PAGE - guest.WORD
+
+
 @pytest.mark.kvm
 @pytest.mark.parametrize("cpu", CPUS)
 async def test_program_increments_a_word_in_each_page(cpu: str) -> None:

@@ -31,6 +31,7 @@ FIXED_SIZE = 0x20000
 
 WINDOW = 0x200000  # the guest address from which it writes
 DMA = 0x800  # offset in a page of what a device writes, clear of the vCPUs' words
+LABEL = 0xC00  # offset in a page of its number
 
 MAX_VCPUS = 64  # so many mailboxes fit into their page
 _MAILBOX_SIZE = 0x40
@@ -90,6 +91,18 @@ class Geometry:
     def map_size(self) -> int:
         """How much the page tables of long mode have to map."""
         return -(-self.window_end // _MAP_STEP) * _MAP_STEP
+
+
+def load(ram: memoryview) -> None:
+    """Put the program there, and its number into each page.
+
+    So no page is like another, and all of them exist: to have the host make them while
+    they are being copied would cost more than all the rest.
+    """
+    ram[CODE : CODE + len(PROGRAM)] = PROGRAM
+    for page in range(len(ram) // PAGE):
+        at = page * PAGE + LABEL
+        ram[at : at + WORD] = page.to_bytes(WORD, "little")
 
 
 def mailbox_address(vcpu_id: int) -> int:

@@ -22,14 +22,13 @@ import trio
 from memlistener import AddressSpace, MemoryRegion, MemorySystem, kvm
 from memlistener.histogram import Histogram
 from memlistener.mirror.guest import (
-    CODE,
     CPUS,
     DMA,
     MAX_VCPUS,
     PAGE,
-    PROGRAM,
     WINDOW,
     Geometry,
+    load,
     passes,
     start,
 )
@@ -101,7 +100,7 @@ async def run(
     geometry = Geometry(options.ram << 20)
     system = MemoryRegion.container("system", 1 << 32)
     ram = MemoryRegion.ram("ram", geometry.size)
-    ram.block.view[CODE : CODE + len(PROGRAM)] = PROGRAM
+    load(ram.block.view)
     ram_map = RamMap(system, ram, geometry)
 
     memory = MemorySystem()

@@ -30,6 +30,10 @@ help: ## List the targets
 demo: .venv/.has-cli ## Run a guest whose memory map changes under it
 	@.venv/bin/memlistener demo $(ARGS)
 
+.PHONY: mirror
+mirror: .venv/.has-cli ## Copy a running guest's RAM while its map changes, and compare
+	@.venv/bin/memlistener mirror $(ARGS)
+
 .PHONY: test
 test: .venv/.has-test ## Run the tests
 	@$(PY) -m pytest $(ARGS)

@@ -50,7 +50,7 @@ PUBLIC = {
     for name in package.__all__
 }
 # Classes that nobody constructs, though their constructors do not say so.
-NOT_CONSTRUCTED = {"FlatRange"}
+NOT_CONSTRUCTED = {"DirtyRanges", "FlatRange"}
 CONFIG = Config(napoleon_use_ivar=True)
 
 

@@ -11,6 +11,7 @@ def test_help(module: str) -> None:
     done = memlistener("--help", python=("-m", module))
     assert done.returncode == 0
     assert "demo" in done.stdout
+    assert "mirror" in done.stdout
 
 
 @pytest.mark.parametrize("missing", ["click", "rich"])

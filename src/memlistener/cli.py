@@ -52,6 +52,7 @@ def _command() -> click.Group:
 
     from memlistener import __version__
     from memlistener.demo.command import demo
+    from memlistener.mirror.command import mirror
     from memlistener.mtree_command import mtree
 
     @click.group()
@@ -60,6 +61,7 @@ def _command() -> click.Group:
         """QEMU's memory API as an async library."""
 
     memlistener.add_command(demo)
+    memlistener.add_command(mirror)
     memlistener.add_command(mtree)
     return memlistener
 

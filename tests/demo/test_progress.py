@@ -5,28 +5,23 @@ import io
 import attrs
 from rich.console import Console
 
-from memlistener.demo.progress import Display
+from memlistener.demo.progress import display, line
 from memlistener.demo.scenario import Options
 
 from .test_report import GOOD
 
 
-def test_lines_are_occasional_without_a_terminal() -> None:
-    """One every two seconds, plain."""
-    output = io.StringIO()
-    with Display(Console(file=output), Options()) as display:
-        for tenths in range(45):
-            display.update(attrs.evolve(GOOD, seconds=tenths / 10))
-    lines = output.getvalue().splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("2 s: 20,000 transactions (10,000/s), 0 holes")
+def test_line_says_what_was_done_and_found() -> None:
+    """Red as soon as something is torn."""
+    assert line(GOOD) == ("20,000 transactions (10,000/s), 0 holes, 0 wrong, 0 internal errors")
+    assert line(attrs.evolve(GOOD, holes=7)).startswith("[red]20,000")
 
 
-def test_bar_in_a_terminal() -> None:
-    """How much is done, and what it found."""
+def test_limits_are_the_options() -> None:
+    """The bar knows how much is done."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=120)
-    with Display(console, Options(seconds=None, transactions=40_000)) as display:
-        display.update(attrs.evolve(GOOD, holes=7))
+    with display(console, Options(seconds=None, transactions=40_000)) as shown:
+        shown.update(attrs.evolve(GOOD, holes=7))
     assert "50 %" in output.getvalue()
     assert "7 holes" in output.getvalue()

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import signal
-from collections.abc import Callable
 
 import click
-import trio
 from rich.console import Console
 
 from memlistener import kvm
 from memlistener.demo import scenario
 from memlistener.demo.guest import CPUS, MAX_VCPUS
-from memlistener.demo.progress import Display
-from memlistener.demo.report import Result
+from memlistener.demo.progress import display
 from memlistener.demo.windows import KINDS
+from memlistener.rig import command
 from memlistener.trace import TraceInstrument
 
 _SECONDS = 5.0
@@ -52,13 +48,7 @@ _HELP = "\n".join(
     show_default=True,
     help="What to change.",
 )
-@click.option(
-    "--policy",
-    type=click.Choice([policy.value for policy in kvm.KickPolicy]),
-    default=kvm.KickPolicy.EVERY_COMMIT.value,
-    show_default=True,
-    help="When to hold the vCPUs; 'never' shows what goes wrong without.",
-)
+@command.policy
 @click.option(
     "--cpu",
     type=click.Choice(list(CPUS)),
@@ -66,25 +56,11 @@ _HELP = "\n".join(
     show_default=True,
     help="The guest's processor mode.",
 )
-@click.option(
-    "--vcpus",
-    type=click.IntRange(1, MAX_VCPUS),
-    default=2,
-    show_default=True,
-    help="How many vCPUs run.",
-)
-@click.option(
-    "--seconds",
-    type=click.FloatRange(0, min_open=True),
-    help=f"Stop after this time.  [default: {_SECONDS:g}; none with --transactions]",
-)
-@click.option(
-    "--transactions",
-    type=click.IntRange(1),
-    help="Stop after this many transactions.",
-)
-@click.option("--fake", is_flag=True, help="Scripted vCPUs on a fake kernel, even where KVM works.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@command.vcpus(MAX_VCPUS)
+@command.seconds(_SECONDS)
+@command.transactions
+@command.fake
+@command.as_json
 @click.option(
     "--trace",
     type=click.Path(dir_okay=False),
@@ -106,16 +82,9 @@ def demo(
 ) -> None:
     """Run the scenario, show how it goes, print what came of it."""
     watching = None if trace is None else _Trace(trace)
-    if not fake:
-        available = kvm.available()
-        if not available:
-            click.echo(
-                f"KVM cannot be used, so scripted vCPUs on a fake kernel run: {available.reason}",
-                err=True,
-            )
-            fake = True
+    fake = command.fake_or_no_kvm(fake)
     options = scenario.Options(
-        seconds=_SECONDS if seconds is None and transactions is None else seconds,
+        seconds=command.seconds_or_default(seconds, transactions, _SECONDS),
         transactions=transactions,
         vcpus=vcpus,
         changes=tuple(KINDS) if mode == "all" else (mode,),
@@ -127,15 +96,9 @@ def demo(
     with contextlib.ExitStack() as stack:
         if watching is not None:
             stack.callback(watching.close)
-        display = stack.enter_context(Display(Console(stderr=True), options))
-        result = trio.run(_run_until_signalled, options, display.update)
-    if as_json:
-        click.echo(json.dumps(result.as_json(), indent=2))
-    else:
-        output = Console(highlight=False)
-        output.print(result.heading, style="bold")
-        output.print(result.as_table())
-        output.print(result.verdict, style="green" if not result.exit_status else "red")
+        shown = stack.enter_context(display(Console(stderr=True), options))
+        result = command.run(lambda stop: scenario.run(options, shown.update, stop))
+    command.show(result, as_json=as_json)
     if watching is not None:
         if watching.error is not None:
             click.echo(f"The trace in {trace} is not complete: {watching.error}", err=True)
@@ -168,21 +131,3 @@ class _Trace:
                 self.instrument.close()
         except OSError as error:
             self.error = error
-
-
-async def _run_until_signalled(
-    options: scenario.Options, progress: Callable[[Result], object]
-) -> Result:
-    """Run the scenario; Ctrl-C and SIGTERM end it in good order, with its result."""
-    stop = trio.Event()
-
-    async def watch() -> None:
-        async for _ in signals:
-            stop.set()
-
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch)
-            result = await scenario.run(options, progress, stop)
-            nursery.cancel_scope.cancel()
-    return result

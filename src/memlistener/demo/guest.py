@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable
 import attrs
 
 from memlistener import kvm
+from memlistener.rig.listing import listing
 
 KEY = 0x1E3779B1  # odd: no two addresses have the same word
 WORD = 4
@@ -45,18 +46,13 @@ MAX_VCPUS = 64  # so many mailboxes fit into their page, and own words between t
 _PER_VCPU = 0x40  # bytes of mailbox, and of stack
 
 
-def _listing(text: str) -> bytes:
-    """The bytes of a listing: hexadecimal up to the ``;`` of each line."""
-    return b"".join(bytes.fromhex(line.partition(";")[0]) for line in text.splitlines())
-
-
 # On entry: ebp = this vCPU's mailbox, ebx = 4 * its number, esp = its stack.
 # While it runs: edi = the entry of the table, esi = the address being checked,
 # eax = what is right, ecx = what was found.
 #
 # The bytes mean the same in 32-bit protected mode and in 64-bit long mode: the
 # operands are 32 bits in both, and what is an address in both has no upper half.
-_FLAT_PROGRAM = _listing("""
+_FLAT_PROGRAM = listing("""
     bf 00 18 00 00      ; 00 start:   mov  edi, TABLE
     8b 37               ; 05 entry:   mov  esi, [edi]         first
     85 f6               ; 07          test esi, esi
@@ -107,7 +103,7 @@ _FLAT_PROGRAM = _listing("""
 """)
 
 # The same for real mode: addresses are 16 bits, and 66 makes operands 32 bits.
-_REAL_PROGRAM = _listing("""
+_REAL_PROGRAM = listing("""
     bf 00 18            ; 00 start:   mov  di, TABLE
     66 8b 35            ; 03 entry:   mov  esi, [di]          first
     66 85 f6            ; 06          test esi, esi
@@ -158,13 +154,13 @@ _REAL_PROGRAM = _listing("""
 """)
 
 # What is called in the memory that moves. It stays there for a while, fetching.
-_FLAT_ROUTINE = _listing("""
+_FLAT_ROUTINE = listing("""
     b9 20 00 00 00      ; 00          mov  ecx, 32
     ff c9               ; 05 again:   dec  ecx
     75 fc               ; 07          jnz  again
     b8                  ; 09          mov  eax, imm32         the immediate follows
 """)
-_REAL_ROUTINE = _listing("""
+_REAL_ROUTINE = listing("""
     b9 20 00            ; 00          mov  cx, 32
     49                  ; 03 again:   dec  cx
     75 fd               ; 04          jnz  again

@@ -7,6 +7,8 @@ from typing import Any
 import attrs
 from rich.table import Table
 
+from memlistener.rig.table import Row, as_table, count, microseconds, vcpus
+
 
 @attrs.frozen
 class WrongValue:
@@ -96,11 +98,11 @@ class Result:
     @property
     def heading(self) -> str:
         """What was run."""
-        vcpus = _count(len(self.passes), "vCPU")
+        number = count(len(self.passes), "vCPU")
         if self.backend == "kvm":
-            where = f"{vcpus} on KVM in {self.cpu} mode"
+            where = f"{number} on KVM in {self.cpu} mode"
         else:
-            where = f"{vcpus}, scripted, on a fake kernel"
+            where = f"{number}, scripted, on a fake kernel"
         return f"{where}, policy {self.policy}: {', '.join(self.changes)}"
 
     @property
@@ -113,7 +115,7 @@ class Result:
             if self.holes and not self.wrong_values:
                 text += " No value was wrong, since memlistener answered for the missing memslots."
         elif self.stuck:
-            text = f"No verdict: {_vcpus(self.stuck)} did not get through the table once."
+            text = f"No verdict: {vcpus(self.stuck)} did not get through the table once."
         elif not self.transactions:
             text = "No verdict: there was no transaction."
         elif self.policy == "never":
@@ -137,18 +139,11 @@ class Result:
 
     def as_table(self) -> Table:
         """All of it for people."""
-        table = Table(show_header=False)
-        table.add_column("what", no_wrap=True)
-        table.add_column("how many", justify="right", no_wrap=True)
-        table.add_column("unit", no_wrap=True)
-        rows = (self._work_rows(), self._failure_rows(), self._wait_rows(), self._guest_rows())
-        for section in rows:
-            for name, value, unit, bad in section:
-                table.add_row(name, value, unit, style="bold red" if bad else None)
-            table.add_section()
-        return table
+        return as_table(
+            (self._work_rows(), self._failure_rows(), self._wait_rows(), self._guest_rows())
+        )
 
-    def _work_rows(self) -> list[_Row]:
+    def _work_rows(self) -> list[Row]:
         each = self.memslot_ioctls / self.transactions if self.transactions else 0.0
         return [
             ("transactions", f"{self.transactions:,}", f"in {self.seconds:.2f} s", False),
@@ -158,8 +153,8 @@ class Result:
             ("kicks", f"{self.kicks:,}", "vCPUs turned out of the guest", False),
         ]
 
-    def _failure_rows(self) -> list[_Row]:
-        rows: list[_Row] = [
+    def _failure_rows(self) -> list[Row]:
+        rows: list[Row] = [
             ("holes", f"{self.holes:,}", "accesses that found no memslot", self.holes > 0),
             ("wrong values", f"{self.wrong_values:,}", "", self.wrong_values > 0),
         ]
@@ -178,18 +173,18 @@ class Result:
         ]
         return rows
 
-    def _wait_rows(self) -> list[_Row]:
+    def _wait_rows(self) -> list[Row]:
         if not self.brackets:
             return [("wait for the vCPUs", "-", "nobody waited", False)]
         return [
-            ("wait for the vCPUs", _microseconds(self.wait_median), "µs median", False),
-            ("", _microseconds(self.wait_p99), "µs 99th percentile", False),
-            ("", _microseconds(self.wait_max), "µs worst", False),
-            ("vCPUs held", _microseconds(self.held_median), "µs median", False),
-            ("", _microseconds(self.held_max), "µs worst", False),
+            ("wait for the vCPUs", microseconds(self.wait_median), "µs median", False),
+            ("", microseconds(self.wait_p99), "µs 99th percentile", False),
+            ("", microseconds(self.wait_max), "µs worst", False),
+            ("vCPUs held", microseconds(self.held_median), "µs median", False),
+            ("", microseconds(self.held_max), "µs worst", False),
         ]
 
-    def _guest_rows(self) -> list[_Row]:
+    def _guest_rows(self) -> list[Row]:
         return [
             (
                 f"passes of vCPU {number}",
@@ -199,18 +194,3 @@ class Result:
             )
             for number, passes in enumerate(self.passes)
         ]
-
-
-_Row = tuple[str, str, str, bool]
-
-
-def _microseconds(seconds: float) -> str:
-    return f"{seconds * 1e6:,.1f}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _vcpus(numbers: tuple[int, ...]) -> str:
-    return f"vCPU{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"

@@ -10,7 +10,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import trio
@@ -33,9 +33,9 @@ from memlistener.demo.guest import (
     table,
 )
 from memlistener.demo.report import Result, WrongValue
-from memlistener.demo.scripted import ScriptedMachine
+from memlistener.demo.scripted import guest as scripted
 from memlistener.demo.windows import KINDS, Window
-from memlistener.kvm.backend import KvmBackend
+from memlistener.rig.machine import Machine, RealMachine, ScriptedMachine
 
 _PROGRESS = 0.1  # seconds from one report of progress to the next
 _LAST_PASSES = 2  # passes of each vCPU after the last transaction, so that all is checked once more
@@ -77,28 +77,6 @@ class Options:
     instruments: tuple[Instrument, ...] = ()
 
 
-class Machine(Protocol):
-    """What differs between real vCPUs and scripted ones."""
-
-    @property
-    def backend(self) -> KvmBackend | None:
-        """For `kvm.open_vm`."""
-        ...
-
-    def start(self, vcpu: kvm.Vcpu) -> None:
-        """Put a vCPU at the start of its program."""
-        ...
-
-
-@attrs.frozen
-class _RealMachine:
-    cpu: Cpu
-    backend: KvmBackend | None = None  # /dev/kvm
-
-    def start(self, vcpu: kvm.Vcpu) -> None:
-        self.cpu.start(vcpu)
-
-
 async def run(
     options: Options,
     progress: Callable[[Result], object] = lambda _: None,
@@ -122,7 +100,11 @@ async def run(
 
     memory = MemorySystem()
     space = memory.create_address_space("memory", system)
-    machine: Machine = ScriptedMachine(work) if options.fake else _RealMachine(cpu)
+    machine: Machine = (
+        ScriptedMachine(lambda vcpu_id: scripted(work, vcpu_id))
+        if options.fake
+        else RealMachine(cpu.start)
+    )
     async with kvm.open_vm(
         space,
         policy=options.policy,

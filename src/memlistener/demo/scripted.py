@@ -7,38 +7,10 @@ memslot it meets the same holes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
-from memlistener import kvm
 from memlistener.demo.guest import WORD, Work, mailbox_address, word
-from memlistener.testing import FakeKvm, Fetch, GuestScript, Ioctl, Read, Write
-
-# About what KVM_SET_USER_MEMORY_REGION takes. What counts is that a vCPU gets
-# to run between two of them, which Python's threads would seldom let it.
-_IOCTL = 20e-6
-
-
-class ScriptedMachine:
-    """A `FakeKvm` whose vCPUs work through a table.
-
-    Attributes:
-        backend: For `kvm.open_vm`.
-    """
-
-    def __init__(self, work: Sequence[Work]) -> None:
-        self._work = work
-        self.backend = FakeKvm(log_limit=0)
-        self.backend.on_ioctl = _take_time
-
-    def start(self, vcpu: kvm.Vcpu) -> None:
-        """Put a vCPU at the start of its script; it must not be running."""
-        self.backend.vms[-1].vcpus[vcpu.id].load(guest(self._work, vcpu.id))
-
-
-def _take_time(ioctl: Ioctl) -> None:
-    if ioctl.name == "KVM_SET_USER_MEMORY_REGION":
-        time.sleep(_IOCTL)
+from memlistener.testing import Fetch, GuestScript, Read, Write
 
 
 def guest(work: Sequence[Work], vcpu_id: int) -> GuestScript:

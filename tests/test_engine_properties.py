@@ -433,8 +433,8 @@ class Machine:
         shared: dict[MemoryRegion | None, FlatView] = {}
         for space in self.spaces:
             root = view_root(space.root)
-            if root is space._view_root:
-                assert shared.setdefault(root, space.view) is space.view
+            assert root is space._view_root
+            assert shared.setdefault(root, space.view) is space.view
 
 
 @examples(dev=100, ci=2000)

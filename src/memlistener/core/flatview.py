@@ -30,6 +30,7 @@ from memlistener.core.kinds import (
 )
 from memlistener.core.region import MemoryRegion
 from memlistener.core.render import Piece, render
+from memlistener.core.ways import Sight
 from memlistener.errors import RegionTypeError
 
 T = TypeVar("T")
@@ -219,7 +220,12 @@ class FlatView:
     # ---- making the next view ---------------------------------------------------
 
     def updated(
-        self, root: MemoryRegion, windows: Sequence[tuple[int, int]], *, log_mask: int = 0
+        self,
+        root: MemoryRegion,
+        windows: Sequence[tuple[int, int]],
+        *,
+        log_mask: int = 0,
+        sight: Sight | None = None,
     ) -> tuple[FlatView, list[Event]]:
         """The view after a change that can show only inside ``windows``.
 
@@ -229,23 +235,26 @@ class FlatView:
             root: The tree as it is now.
             windows: [low, high) each; in any order, may overlap.
             log_mask: As for `render`.
+            sight: One that holds, of a region below ``root``: a window inside it
+                need not be rendered from the root.
 
         Returns:
             The new view and what differs, deletes first, both ascending (rule
             T5), without a word on ranges that stay. Where nothing differs the
             view is ``self``.
         """
+        source = _Source(root, sight)
         union = _union(windows)
         if len(union) == 1:  # as most are
-            return self._updated(root, union, log_mask)
+            return self._updated(source, union, log_mask)
         groups = self._groups(union)
         if len(groups) == 1:
-            return self._updated(root, union, log_mask)
+            return self._updated(source, union, log_mask)
         view = self
         dels: list[Event] = []
         adds: list[Event] = []
         for group in groups:
-            view, events = view._updated(root, group, log_mask)
+            view, events = view._updated(source, group, log_mask)
             for event in events:
                 (dels if event.is_delete else adds).append(event)
         return view, dels + adds
@@ -268,7 +277,7 @@ class FlatView:
         return groups
 
     def _updated(
-        self, root: MemoryRegion, windows: list[tuple[int, int]], log_mask: int
+        self, source: _Source, windows: list[tuple[int, int]], log_mask: int
     ) -> tuple[FlatView, list[Event]]:
         # The old ranges that reach into a window or touch it: those can merge
         # with what is rendered now, all others cannot.
@@ -295,7 +304,7 @@ class FlatView:
                 if end > low:
                     break
                 left = next(kept, None)
-            pieces.extend(_joined(render(root, low, high), log_mask))
+            pieces.extend(_joined(source.render(low, high), log_mask))
             at = high
             while left is not None and left[0] + left[1] <= high:
                 left = next(kept, None)
@@ -393,6 +402,23 @@ class FlatView:
                 assert previous.end <= each.start, (previous, each)
                 assert not mergeable(previous, each), (previous, each)
             previous = each
+
+
+class _Source:
+    """Where windows are rendered from: a tree, or the part of it that is alone in a sight."""
+
+    __slots__ = ("_root", "_sight", "_top")
+
+    def __init__(self, root: MemoryRegion, sight: Sight | None) -> None:
+        self._root = root
+        self._sight = sight
+        self._top = None if sight is None else sight.top()
+
+    def render(self, low: int, high: int) -> Iterator[Piece]:
+        sight, top = self._sight, self._top
+        if sight is None or top is None or low < sight.low or high > sight.high:
+            return render(self._root, low, high)
+        return render(top, low, high, sight.top_base, sight.flags)
 
 
 def _cut(each: FlatRange, low: int, high: int) -> FlatRange:

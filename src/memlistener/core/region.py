@@ -43,6 +43,7 @@ from memlistener.core.kinds import (
     UNMERGEABLE,
     RegionKind,
 )
+from memlistener.core.ways import Way, outdate
 from memlistener.errors import RegionError, RegionTypeError
 
 
@@ -138,10 +139,12 @@ class MemoryRegion(Identity):
         "_name",
         "_ops",
         "_owners",
+        "_passed",
         "_priority",
         "_rank",
         "_size",
         "_terminates",
+        "_way",
     )
 
     def __init__(self, kind: RegionKind, name: str, size: int) -> None:
@@ -168,6 +171,8 @@ class MemoryRegion(Identity):
         self._aliases: weakref.WeakSet[MemoryRegion] | None = None
         self._looped = False  # whether an alias ever led from here back to here
         self._owners: tuple[TreeOwner, ...] = ()
+        self._way: Way | None = None  # kept by `core.ways`, as is `_passed`
+        self._passed = 0
         self._attached = NOTHING
         self._ops: Any = None
         self._iommu: Iommu | None = None
@@ -269,6 +274,7 @@ class MemoryRegion(Identity):
         if target._aliases is None:
             target._aliases = weakref.WeakSet()
         target._aliases.add(region)
+        outdate(target)
         return region
 
     @classmethod
@@ -780,9 +786,11 @@ class MemoryRegion(Identity):
 
     def _attach_owner(self, owner: TreeOwner) -> None:
         self._owners += (owner,)
+        outdate(self)
 
     def _detach_owner(self, owner: TreeOwner) -> None:
         self._owners = tuple(each for each in self._owners if each is not owner)
+        outdate(self)
 
 
 def _check_region(region: object, what: str) -> None:

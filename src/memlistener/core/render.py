@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from memlistener.core.change import Chain, in_chain
 from memlistener.core.kinds import INHERITED, RegionKind
+from memlistener.core.ways import Chain, in_chain
 from memlistener.errors import RegionError
 
 if TYPE_CHECKING:
@@ -34,13 +34,22 @@ Piece: TypeAlias = "tuple[int, int, MemoryRegion, int, int]"
 Placement: TypeAlias = "tuple[int, int, int, MemoryRegion, int, int]"
 
 
-def render(root: MemoryRegion, low: int, high: int) -> Iterator[Piece]:
+def render(
+    root: MemoryRegion, low: int, high: int, base: int = 0, flags: int = 0
+) -> Iterator[Piece]:
     """What shows of the tree below ``root`` in [low, high): ascending, apart.
+
+    Args:
+        root: The tree, or a part of it that shows alone in the window.
+        low: The first address.
+        high: One past the last.
+        base: The address from which ``root`` counts its own.
+        flags: What ``root`` inherits.
 
     Raises:
         RegionError: An alias shows itself.
     """
-    placements = place(root, low, high)
+    placements = place(root, low, high, base, flags)
     placements.sort()
     count = len(placements)
     # Placements that cover ``at``, or did when they were pushed, earliest first.
@@ -53,8 +62,8 @@ def render(root: MemoryRegion, low: int, high: int) -> Iterator[Piece]:
             index += 1
             if index == count or placements[index][0] >= placement[2]:
                 # Alone on its stretch, as most are.
-                start, _, end, region, base, flags = placement
-                yield start, end, region, base, flags
+                at, _, end, region, offset_0, its_flags = placement
+                yield at, end, region, offset_0, its_flags
                 at = end
                 continue
             at = placement[0]
@@ -81,7 +90,9 @@ def render(root: MemoryRegion, low: int, high: int) -> Iterator[Piece]:
         at = end
 
 
-def place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
+def place(
+    root: MemoryRegion, low: int, high: int, base: int = 0, flags: int = 0
+) -> list[Placement]:
     """Every terminating region that reaches into [low, high), in rendering order.
 
     The walk keeps its own stack, since a tree may be deeper than Python's. A
@@ -93,7 +104,7 @@ def place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
     order = 0
     # (children left, own placement, base, low, high, flags, the aliases on the way)
     stack: list[tuple[Iterator[MemoryRegion], Any, int, int, int, int, Chain]] = [
-        (iter((root,)), None, 0, low, high, 0, None)
+        (iter((root,)), None, base, low, high, flags, None)
     ]
     while stack:
         children, own, base, low, high, flags, via = stack.pop()

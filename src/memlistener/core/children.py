@@ -163,7 +163,8 @@ class Children:
                 for cell, members in cells.items():
                     if first <= cell <= last:
                         found.extend(members)
-        found.sort(key=_try_order)
+        if len(found) > 1:
+            found.sort(key=_try_order)
         return found
 
     def alone(self, child: MemoryRegion, low: int, high: int) -> bool:

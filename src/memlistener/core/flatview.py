@@ -33,14 +33,15 @@ from memlistener.core.render import Piece, render
 from memlistener.core.ways import Sight
 from memlistener.errors import RegionTypeError
 
-T = TypeVar("T")
 Starts: TypeAlias = "array[int]"
+S = TypeVar("S", "tuple[FlatRange, ...]", "array[int]")
+# Ranges of a view: the chunk and index of the first, and the chunk of the last and
+# one past its index.
+Span: TypeAlias = "tuple[int, int, int, int]"
 
 # Ranges in a full chunk. Replacing a range copies one chunk of this size and a
 # list of len(view) / this: at 256 both stay small up to a million ranges.
 _CHUNK = 256
-# Windows with so few ranges between them are updated in one go.
-_CLOSE = 8
 
 
 class FlatRange(NamedTuple):
@@ -128,12 +129,12 @@ class FlatView:
     def __init__(self, ranges: Iterable[FlatRange] = ()) -> None:
         """A view of these ranges, which must be in order, apart and merged."""
         whole = tuple(ranges)
-        self._set(_chunked(whole), len(whole))
+        self._set(_cut_up(whole), len(whole))
 
     def _set(self, chunks: list[tuple[FlatRange, ...]], length: int) -> None:
         self._chunks = chunks
         self._starts = [_addresses(chunk) for chunk in chunks]
-        self._firsts = [starts[0] for starts in self._starts]
+        self._firsts = _firsts_of(self._starts)
         self._length = length
 
     @classmethod
@@ -244,142 +245,102 @@ class FlatView:
             view is ``self``.
         """
         source = _Source(root, sight)
-        union = _union(windows)
-        if len(union) == 1:  # as most are
-            return self._updated(source, union, log_mask)
-        groups = self._groups(union)
-        if len(groups) == 1:
-            return self._updated(source, union, log_mask)
-        view = self
-        dels: list[Event] = []
-        adds: list[Event] = []
-        for group in groups:
-            view, events = view._updated(source, group, log_mask)
-            for event in events:
-                (dels if event.is_delete else adds).append(event)
-        return view, dels + adds
+        edits: list[tuple[Span, list[FlatRange]]] = []
+        before: list[FlatRange] = []
+        after: list[FlatRange] = []
+        for span, group in self._groups(_union(windows)):
+            old = self._between(span)
+            new = _redone(source, group, old, log_mask)
+            if new != old:
+                before += old
+                after += new
+                edits.append((span, new))
+        if not edits:
+            return self, []
+        return self._spliced(edits), diff(before, after)
 
-    def _groups(self, windows: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """The windows, those together that touch one range, or lie close by each other.
-
-        The former must not be taken one by one; the latter are cheaper together:
-        a region that moves damages two windows, most often of one chunk.
-        """
-        groups: list[list[tuple[int, int]]] = []
-        after = (-1, 0)
-        for low, high in windows:
-            chunk, index = self._position(low)
-            if (chunk, index) < after or (chunk == after[0] and index - after[1] <= _CLOSE):
-                groups[-1].append((low, high))
+    def _groups(self, windows: list[tuple[int, int]]) -> list[tuple[Span, list[tuple[int, int]]]]:
+        """The windows, those together that touch one range: they must not be taken one by one."""
+        groups: list[tuple[Span, list[tuple[int, int]]]] = []
+        for window in windows:
+            span = self._span(*window)
+            if groups and span[:2] < groups[-1][0][2:]:
+                (chunk, first, _, _), group = groups[-1]
+                group.append(window)
+                groups[-1] = (chunk, first, *span[2:]), group
             else:
-                groups.append([(low, high)])
-            after = self._position_after(high)
+                groups.append((span, [window]))
         return groups
 
-    def _updated(
-        self, source: _Source, windows: list[tuple[int, int]], log_mask: int
-    ) -> tuple[FlatView, list[Event]]:
-        # The old ranges that reach into a window or touch it: those can merge
-        # with what is rendered now, all others cannot.
-        first_chunk, first = self._position(windows[0][0])
-        last_chunk, last = self._position_after(windows[-1][1])
-        old = list(self._between(first_chunk, first, last_chunk, last))
-        for each in old:
-            if each[4] & UNMERGEABLE:
-                windows = _widened(windows, old)
-                break
-        pieces: list[FlatRange] = []
-        at = 0  # up to here everything is in pieces
-        kept = iter(old)
-        left = next(kept, None)
-        for low, high in windows:
-            # What lies before the window, and of a range that reaches into it
-            # the part before it.
-            while left is not None and left[0] < low:
-                end = left[0] + left[1]
-                if at <= left[0] and end <= low:
-                    pieces.append(left)
-                elif max(at, left[0]) < min(low, end):
-                    pieces.append(_cut(left, max(at, left[0]), min(low, end)))
-                if end > low:
-                    break
-                left = next(kept, None)
-            pieces.extend(_joined(source.render(low, high), log_mask))
-            at = high
-            while left is not None and left[0] + left[1] <= high:
-                left = next(kept, None)
-        while left is not None:
-            whole = at <= left[0]
-            pieces.append(left if whole else _cut(left, at, left[0] + left[1]))
-            left = next(kept, None)
-        new = _merged(pieces)
-        events = diff(old, new)
-        if not events:
-            return self, []
-        return self._spliced(first_chunk, first, last_chunk, last, new), events
+    def _span(self, low: int, high: int) -> Span:
+        """The ranges that reach into [low, high) or touch it.
 
-    def _position(self, low: int) -> tuple[int, int]:
-        """Chunk and index of the first range that reaches to ``low`` or beyond."""
-        if not self._chunks:
-            return 0, 0
-        chunk = max(bisect_left(self._firsts, low) - 1, 0)
-        index = max(bisect_left(self._starts[chunk], low) - 1, 0)
-        each = self._chunks[chunk][index]
+        Those can merge with what is rendered there now, all others cannot.
+        """
+        firsts = self._firsts
+        if not firsts:
+            return 0, 0, 0, 0
+        chunk = max(bisect_left(firsts, low) - 1, 0)
+        starts = self._starts[chunk]
+        first = max(bisect_left(starts, low) - 1, 0)
+        each = self._chunks[chunk][first]
         if each[0] + each[1] < low:
-            index += 1
-            if index == len(self._chunks[chunk]):
-                return chunk + 1, 0
-        return chunk, index
+            first += 1
+        end = chunk
+        if chunk + 1 < len(firsts) and firsts[chunk + 1] <= high:
+            end = bisect_right(firsts, high) - 1
+            starts = self._starts[end]
+        return chunk, first, end, bisect_right(starts, high)
 
-    def _position_after(self, high: int) -> tuple[int, int]:
-        """Chunk and index of the first range that starts above ``high``."""
+    def _between(self, span: Span) -> list[FlatRange]:
+        chunk, first, end, last = span
+        if chunk == end:
+            return list(self._chunks[chunk][first:last]) if self._chunks else []
+        found = list(self._chunks[chunk][first:])
+        for each in self._chunks[chunk + 1 : end]:
+            found += each
+        found += self._chunks[end][:last]
+        return found
+
+    def _spliced(self, edits: list[tuple[Span, list[FlatRange]]]) -> FlatView:
+        """The view with the ranges of each span replaced; spans ascend and are apart."""
         if not self._chunks:
-            return 0, 0
-        chunk = max(bisect_right(self._firsts, high) - 1, 0)
-        index = bisect_right(self._starts[chunk], high)
-        if index == len(self._chunks[chunk]):
-            return chunk + 1, 0
-        return chunk, index
-
-    def _between(
-        self, first_chunk: int, first: int, last_chunk: int, last: int
-    ) -> Iterator[FlatRange]:
-        for chunk in range(first_chunk, min(last_chunk + 1, len(self._chunks))):
-            low = first if chunk == first_chunk else 0
-            high = last if chunk == last_chunk else None
-            yield from self._chunks[chunk][low:high]
-
-    def _spliced(
-        self, first_chunk: int, first: int, last_chunk: int, last: int, new: list[FlatRange]
-    ) -> FlatView:
-        chunks = self._chunks
-        if first_chunk == len(chunks) and chunks:
-            # Behind the last range: go on with the last chunk, not with a new one.
-            first_chunk = last_chunk = first_chunk - 1
-            first = last = len(chunks[first_chunk])
-        head = chunks[first_chunk][:first] if first else ()
-        tail = chunks[last_chunk][last:] if last else ()
-        stop = last_chunk + 1 if last else last_chunk
-        middle = (*head, *new, *tail)
-        starts = _addresses(new)
-        if first:
-            starts = self._starts[first_chunk][:first] + starts
-        if last:
-            starts += self._starts[last_chunk][last:]
-        # A chunk that became small takes its neighbour in, so that a view which
-        # shrinks does not end as many chunks of a range or two.
-        if len(middle) < _CHUNK // 4 and stop < len(chunks):
-            middle = (*middle, *chunks[stop])
-            starts = starts + self._starts[stop]
-            stop += 1
+            return FlatView([each for _, new in edits for each in new])
         view = FlatView.__new__(FlatView)
-        view._chunks = _replaced(chunks, first_chunk, stop, _chunked(middle))
-        all_starts = [starts] if len(starts) <= 2 * _CHUNK else _cut_up(starts)
-        if not starts:
-            all_starts = []
-        view._starts = _replaced(self._starts, first_chunk, stop, all_starts)
-        view._firsts = _replaced(self._firsts, first_chunk, stop, [each[0] for each in all_starts])
-        view._length = self._length - sum(map(len, chunks[first_chunk:stop])) + len(middle)
+        chunks = view._chunks = self._chunks.copy()
+        starts = view._starts = self._starts.copy()
+        firsts = view._firsts = self._firsts[:]
+        length = self._length
+        todo = edits.copy()
+        while todo:  # the last one first, so that the places of the others stay
+            run = [todo.pop()]
+            while todo and todo[-1][0][2] == run[-1][0][0]:  # one that ends in the same chunk
+                run.append(todo.pop())
+            first_chunk, stop = run[-1][0][0], run[0][0][2] + 1
+            # The addresses are cut as the ranges are: to gather them anew takes far longer.
+            made, addresses = list(chunks[first_chunk]), starts[first_chunk][:]
+            begins = [0]  # where each chunk does
+            for each in range(first_chunk + 1, stop):
+                begins.append(len(made))
+                made += chunks[each]
+                addresses += starts[each]
+            for (chunk, first, end, last), new in run:
+                first += begins[chunk - first_chunk]
+                last += begins[end - first_chunk]
+                made[first:last] = new
+                addresses[first:last] = _addresses(new)
+                length += len(new) - (last - first)
+            # A chunk that became small takes its neighbour in, so that a view which
+            # shrinks does not end as many chunks of a range or two.
+            if len(made) < _CHUNK // 4 and stop < len(chunks):
+                made += chunks[stop]
+                addresses += starts[stop]
+                stop += 1
+            cut = _cut_up(addresses)
+            chunks[first_chunk:stop] = _cut_up(tuple(made))
+            starts[first_chunk:stop] = cut
+            firsts[first_chunk:stop] = _firsts_of(cut)
+        view._length = length
         return view
 
     # ---- checking -----------------------------------------------------------------
@@ -419,6 +380,45 @@ class _Source:
         if sight is None or top is None or low < sight.low or high > sight.high:
             return render(self._root, low, high)
         return render(top, low, high, sight.top_base, sight.flags)
+
+
+def _redone(
+    source: _Source, windows: list[tuple[int, int]], old: list[FlatRange], log_mask: int
+) -> list[FlatRange]:
+    """``old``, which is all that reaches into the windows or touches them, as it is now."""
+    for each in old:
+        if each[4] & UNMERGEABLE:
+            windows = _widened(windows, old)
+            break
+    if len(windows) == 1:
+        ((low, high),) = windows
+        if not old or (old[0][0] >= low and old[-1][0] + old[-1][1] <= high):
+            return _joined(source.render(low, high), log_mask)  # as mostly: no seam
+    pieces: list[FlatRange] = []
+    at = 0  # up to here everything is in pieces
+    kept = iter(old)
+    left = next(kept, None)
+    for low, high in windows:
+        # What lies before the window, and of a range that reaches into it
+        # the part before it.
+        while left is not None and left[0] < low:
+            end = left[0] + left[1]
+            if at <= left[0] and end <= low:
+                pieces.append(left)
+            elif max(at, left[0]) < min(low, end):
+                pieces.append(_cut(left, max(at, left[0]), min(low, end)))
+            if end > low:
+                break
+            left = next(kept, None)
+        pieces.extend(_joined(source.render(low, high), log_mask))
+        at = high
+        while left is not None and left[0] + left[1] <= high:
+            left = next(kept, None)
+    while left is not None:
+        whole = at <= left[0]
+        pieces.append(left if whole else _cut(left, at, left[0] + left[1]))
+        left = next(kept, None)
+    return _merged(pieces)
 
 
 def _cut(each: FlatRange, low: int, high: int) -> FlatRange:
@@ -473,18 +473,11 @@ def _extended(left: FlatRange, right: FlatRange) -> FlatRange:
     return FlatRange(start, size + right[1], region, offset, flags)
 
 
-def _chunked(items: tuple[T, ...]) -> list[tuple[T, ...]]:
-    """``items`` cut into chunks, of which none is above twice the usual size."""
-    if not items:
-        return []
+def _cut_up(items: S) -> list[S]:
+    """Items of chunks, of which none is above twice the usual size."""
     if len(items) <= 2 * _CHUNK:
-        return [items]
+        return [items] if items else []
     return [items[at : at + _CHUNK] for at in range(0, len(items), _CHUNK)]
-
-
-def _cut_up(starts: Starts) -> list[Starts]:
-    """As `_chunked`, for as many starts as ranges."""
-    return [starts[at : at + _CHUNK] for at in range(0, len(starts), _CHUNK)]
 
 
 def _addresses(ranges: Iterable[FlatRange]) -> Starts:
@@ -492,11 +485,8 @@ def _addresses(ranges: Iterable[FlatRange]) -> Starts:
     return array("Q", [each[0] for each in ranges])
 
 
-def _replaced(items: list[T], first: int, stop: int, new: list[T]) -> list[T]:
-    """A copy of ``items`` with [first, stop) replaced."""
-    copy = items.copy()
-    copy[first:stop] = new
-    return copy
+def _firsts_of(starts: list[Starts]) -> Starts:
+    return array("Q", [each[0] for each in starts])
 
 
 def _union(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -102,12 +102,14 @@ def place(
     out: list[Placement] = []
     append = out.append
     order = 0
-    # (children left, own placement, base, low, high, flags, the aliases on the way)
-    stack: list[tuple[Iterator[MemoryRegion], Any, int, int, int, int, Chain]] = [
-        (iter((root,)), None, base, low, high, flags, None)
-    ]
-    while stack:
-        children, own, base, low, high, flags, via = stack.pop()
+    # The frames that wait for a child to be done.
+    stack: list[tuple[Iterator[MemoryRegion], Any, int, int, int, int, Chain]] = []
+    # This one: the children left, its own placement if it terminates, ..., the
+    # aliases on the way.
+    children: Iterator[MemoryRegion] = iter((root,))
+    own: Any = None
+    via: Chain = None
+    while True:
         for child in children:
             if not child._enabled:
                 continue
@@ -123,7 +125,7 @@ def place(
                 continue
             # Not a leaf: come back to this frame when the child is done.
             stack.append((children, own, base, low, high, flags, via))
-            inherited = flags | (child._flags & INHERITED)
+            own = None
             if child._kind is RegionKind.ALIAS:
                 target = child._alias_target
                 assert target is not None
@@ -134,39 +136,27 @@ def place(
                         f"{last - start + child._alias_offset:#x}); move the alias, or make its "
                         f"window smaller"
                     )
-                stack.append(
-                    (
-                        iter((target,)),
-                        None,
-                        start - child._alias_offset - target._addr,
-                        first,
-                        last,
-                        inherited,
-                        (via, child),
-                    )
-                )
+                children = iter((target,))
+                base = start - child._alias_offset - target._addr
+                via = (via, child)
             else:
+                if child._terminates:
+                    own = (first, last, child, start, flags | child._flags)
                 grandchildren = child._children
-                own_placement = (
-                    (first, last, child, start, flags | child._flags) if child._terminates else None
+                children = iter(
+                    grandchildren.in_window(first - start, last - start)
+                    if grandchildren is not None
+                    else ()
                 )
-                stack.append(
-                    (
-                        iter(grandchildren.in_window(first - start, last - start))
-                        if grandchildren is not None
-                        else iter(()),
-                        own_placement,
-                        start,
-                        first,
-                        last,
-                        inherited,
-                        via,
-                    )
-                )
+                base = start
+            low, high = first, last
+            flags |= child._flags & INHERITED
             break
         else:
             if own is not None:
-                first, last, region, start, its_flags = own
-                append((first, order, last, region, start, its_flags))
+                first, last, child, start, its_flags = own
+                append((first, order, last, child, start, its_flags))
                 order += 1
-    return out
+            if not stack:
+                return out
+            children, own, base, low, high, flags, via = stack.pop()

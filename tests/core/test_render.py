@@ -531,13 +531,13 @@ def test_against_the_oracles(plan: TreePlan) -> None:
 def test_windows(plan: TreePlan, low: int, size: int) -> None:
     """F8: a window renders as what the whole shows there, address by address."""
     root = plan.build()[0]
-    pieces = list(render(root, low, low + size))
     got: dict[int, tuple[MemoryRegion, int]] = {}
     last = low
-    for start, end, region, base, *_ in pieces:
-        assert last <= start < end <= low + size
-        last = end
-        got.update((addr, (region, addr - base)) for addr in range(start, end))
+    for each in render(root, low, low + size):
+        assert last <= each.start < each.end <= low + size
+        last = each.end
+        for addr in range(each.start, each.end):
+            got[addr] = each.region, each.offset + addr - each.start
     for addr in range(low, low + size):
         expected = resolve(root, addr)
         assert got.get(addr) == (expected and (expected.region, expected.offset))

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from memlistener import MemoryRegion
 from memlistener.core import ways
 from memlistener.core.change import reach
-from memlistener.core.flatview import _joined
 from memlistener.core.kinds import LIMIT, NONVOLATILE
 from memlistener.core.render import render
 from memlistener.core.ways import Sight, Way, way_of
@@ -100,8 +99,8 @@ def test_rendering_starts_at_the_top(
                     low = max(sight.low + at, 0)
                     high = min(sight.low + at + size, sight.high, LIMIT)
                     if low < high:
-                        whole = _joined(render(regions[0], low, high), 0)
-                        part = _joined(render(top, low, high, sight.top_base, sight.flags), 0)
+                        whole = render(regions[0], low, high)
+                        part = render(top, low, high, sight.top_base, sight.flags)
                         assert part == whole
 
 

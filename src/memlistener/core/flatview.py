@@ -1,4 +1,4 @@
-"""`FlatRange` and `FlatView`: what a tree of regions shows, as an immutable value.
+"""`FlatView`: what a tree of regions shows, as an immutable value.
 
 A view is a sequence of ranges in ascending order, none touching a neighbour
 that it could be merged with. It is stored in chunks of a few hundred ranges, so
@@ -16,24 +16,19 @@ import gc
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from memlistener.core.diff import Event, diff
-from memlistener.core.kinds import (
-    BACKED,
-    LIMIT,
-    LOG_SHIFT,
-    NONVOLATILE,
-    READONLY,
-    ROMD_MODE,
-    UNMERGEABLE,
-)
+from memlistener.core.flatrange import FlatRange, mergeable, merged, part
+from memlistener.core.kinds import BACKED, LIMIT, UNMERGEABLE
 from memlistener.core.region import MemoryRegion
-from memlistener.core.render import Piece, render
+from memlistener.core.render import render
 from memlistener.core.ways import Sight
 from memlistener.errors import RegionTypeError
 
 Starts: TypeAlias = "array[int]"
+__all__ = ["FlatRange", "FlatView"]
+
 S = TypeVar("S", "tuple[FlatRange, ...]", "array[int]")
 # Ranges of a view: the chunk and index of the first, and the chunk of the last and
 # one past its index.
@@ -42,79 +37,6 @@ Span: TypeAlias = "tuple[int, int, int, int]"
 # Ranges in a full chunk. Replacing a range copies one chunk of this size and a
 # list of len(view) / this: at 256 both stay small up to a million ranges.
 _CHUNK = 256
-
-
-class FlatRange(NamedTuple):
-    """A run of addresses that shows one stretch of one region.
-
-    A tuple, because views of a million are made and a frozen attrs class takes
-    five times as long to construct.
-
-    Attributes:
-        start: First address.
-        size: Bytes.
-        region: What shows; never a container or an alias.
-        offset: Where in ``region`` it starts, in bytes.
-        flags: The flags below, packed.
-    """
-
-    start: int
-    size: int
-    region: MemoryRegion
-    offset: int
-    flags: int
-
-    @property
-    def end(self) -> int:
-        """One past the last address."""
-        return self.start + self.size
-
-    @property
-    def readonly(self) -> bool:
-        """Whether the region, or anything above it on the way, is read-only."""
-        return bool(self.flags & READONLY)
-
-    @property
-    def romd_mode(self) -> bool:
-        """Whether a ROM device is read as memory; True for other regions."""
-        return bool(self.flags & ROMD_MODE)
-
-    @property
-    def nonvolatile(self) -> bool:
-        """Whether the memory outlives the machine."""
-        return bool(self.flags & NONVOLATILE)
-
-    @property
-    def unmergeable(self) -> bool:
-        """Whether the range stays apart from its neighbours."""
-        return bool(self.flags & UNMERGEABLE)
-
-    @property
-    def dirty_log_mask(self) -> int:
-        """One bit for each client that logs writes to the range."""
-        return self.flags >> LOG_SHIFT
-
-    def __repr__(self) -> str:
-        flags = "".join(
-            f" {name}" for name in ("readonly", "nonvolatile", "unmergeable") if getattr(self, name)
-        )
-        if not self.flags & ROMD_MODE:
-            flags += " not-romd"
-        return (
-            f"<FlatRange [{self.start:#x}, {self.end:#x}) {self.region.kind.value} "
-            f"{self.region.name!r} +{self.offset:#x}{flags}>"
-        )
-
-
-def mergeable(left: FlatRange, right: FlatRange) -> bool:
-    """Rule F6, for two ranges in ascending order."""
-    return (
-        left[2] is right[2]
-        and left[0] + left[1] == right[0]
-        and left[3] + left[1] == right[3]
-        and left[4] == right[4]
-        and not left[4] & UNMERGEABLE
-    )
 
 
 class FlatView:
@@ -129,13 +51,10 @@ class FlatView:
     def __init__(self, ranges: Iterable[FlatRange] = ()) -> None:
         """A view of these ranges, which must be in order, apart and merged."""
         whole = tuple(ranges)
-        self._set(_cut_up(whole), len(whole))
-
-    def _set(self, chunks: list[tuple[FlatRange, ...]], length: int) -> None:
-        self._chunks = chunks
-        self._starts = [_addresses(chunk) for chunk in chunks]
-        self._firsts = _firsts_of(self._starts)
-        self._length = length
+        self._chunks = _cut_up(whole)
+        self._starts = [_addresses(chunk) for chunk in self._chunks]
+        self._firsts = [starts[0] for starts in self._starts]
+        self._length = len(whole)
 
     @classmethod
     def render(cls, root: MemoryRegion, *, log_mask: int = 0) -> FlatView:
@@ -155,7 +74,7 @@ class FlatView:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            return cls(_joined(render(root, 0, LIMIT), log_mask))
+            return cls(_logged(render(root, 0, LIMIT), log_mask))
         finally:
             if collecting:
                 gc.enable()
@@ -244,13 +163,13 @@ class FlatView:
             T5), without a word on ranges that stay. Where nothing differs the
             view is ``self``.
         """
-        source = _Source(root, sight)
+        source = _Source(root, sight, log_mask)
         edits: list[tuple[Span, list[FlatRange]]] = []
         before: list[FlatRange] = []
         after: list[FlatRange] = []
         for span, group in self._groups(_union(windows)):
             old = self._between(span)
-            new = _redone(source, group, old, log_mask)
+            new = _redone(source, group, old)
             if new != old:
                 before += old
                 after += new
@@ -309,7 +228,7 @@ class FlatView:
         view = FlatView.__new__(FlatView)
         chunks = view._chunks = self._chunks.copy()
         starts = view._starts = self._starts.copy()
-        firsts = view._firsts = self._firsts[:]
+        firsts = view._firsts = self._firsts.copy()
         length = self._length
         todo = edits.copy()
         while todo:  # the last one first, so that the places of the others stay
@@ -339,7 +258,7 @@ class FlatView:
             cut = _cut_up(addresses)
             chunks[first_chunk:stop] = _cut_up(tuple(made))
             starts[first_chunk:stop] = cut
-            firsts[first_chunk:stop] = _firsts_of(cut)
+            firsts[first_chunk:stop] = [each[0] for each in cut]
         view._length = length
         return view
 
@@ -368,22 +287,25 @@ class FlatView:
 class _Source:
     """Where windows are rendered from: a tree, or the part of it that is alone in a sight."""
 
-    __slots__ = ("_root", "_sight", "_top")
+    __slots__ = ("_log_mask", "_root", "_sight", "_top")
 
-    def __init__(self, root: MemoryRegion, sight: Sight | None) -> None:
+    def __init__(self, root: MemoryRegion, sight: Sight | None, log_mask: int) -> None:
         self._root = root
         self._sight = sight
         self._top = None if sight is None else sight.top()
+        self._log_mask = log_mask
 
-    def render(self, low: int, high: int) -> Iterator[Piece]:
+    def render(self, low: int, high: int) -> list[FlatRange]:
         sight, top = self._sight, self._top
         if sight is None or top is None or low < sight.low or high > sight.high:
-            return render(self._root, low, high)
-        return render(top, low, high, sight.top_base, sight.flags)
+            ranges = render(self._root, low, high)
+        else:
+            ranges = render(top, low, high, sight.top_base, sight.flags)
+        return _logged(ranges, self._log_mask)
 
 
 def _redone(
-    source: _Source, windows: list[tuple[int, int]], old: list[FlatRange], log_mask: int
+    source: _Source, windows: list[tuple[int, int]], old: list[FlatRange]
 ) -> list[FlatRange]:
     """``old``, which is all that reaches into the windows or touches them, as it is now."""
     for each in old:
@@ -393,7 +315,7 @@ def _redone(
     if len(windows) == 1:
         ((low, high),) = windows
         if not old or (old[0][0] >= low and old[-1][0] + old[-1][1] <= high):
-            return _joined(source.render(low, high), log_mask)  # as mostly: no seam
+            return source.render(low, high)  # as mostly: no seam
     pieces: list[FlatRange] = []
     at = 0  # up to here everything is in pieces
     kept = iter(old)
@@ -406,24 +328,19 @@ def _redone(
             if at <= left[0] and end <= low:
                 pieces.append(left)
             elif max(at, left[0]) < min(low, end):
-                pieces.append(_cut(left, max(at, left[0]), min(low, end)))
+                pieces.append(part(left, max(at, left[0]), min(low, end)))
             if end > low:
                 break
             left = next(kept, None)
-        pieces.extend(_joined(source.render(low, high), log_mask))
+        pieces.extend(source.render(low, high))
         at = high
         while left is not None and left[0] + left[1] <= high:
             left = next(kept, None)
     while left is not None:
         whole = at <= left[0]
-        pieces.append(left if whole else _cut(left, at, left[0] + left[1]))
+        pieces.append(left if whole else part(left, at, left[0] + left[1]))
         left = next(kept, None)
-    return _merged(pieces)
-
-
-def _cut(each: FlatRange, low: int, high: int) -> FlatRange:
-    start, _, region, offset, flags = each
-    return FlatRange(low, high - low, region, offset + low - start, flags)
+    return merged(pieces)
 
 
 def _widened(windows: list[tuple[int, int]], old: list[FlatRange]) -> list[tuple[int, int]]:
@@ -441,36 +358,14 @@ def _widened(windows: list[tuple[int, int]], old: list[FlatRange]) -> list[tuple
     return _union([*windows, *touched])
 
 
-def _joined(pieces: Iterable[Piece], log_mask: int) -> list[FlatRange]:
-    """Ranges from rendered pieces in ascending order, merged by rule F6."""
-    new = tuple.__new__  # FlatRange's own constructor, without the keyword handling
-    ranges: list[FlatRange] = []
-    last: FlatRange | None = None
-    for low, high, region, base, flags in pieces:
-        if log_mask and region._kind in BACKED:
-            flags |= log_mask
-        made = new(FlatRange, (low, high - low, region, low - base, flags))
-        if last is not None and last[2] is region and mergeable(last, made):
-            made = ranges[-1] = _extended(last, made)
-        else:
-            ranges.append(made)
-        last = made
-    return ranges
-
-
-def _merged(ranges: list[FlatRange]) -> list[FlatRange]:
-    merged: list[FlatRange] = []
-    for each in ranges:
-        if merged and mergeable(merged[-1], each):
-            merged[-1] = _extended(merged[-1], each)
-        else:
-            merged.append(each)
-    return merged
-
-
-def _extended(left: FlatRange, right: FlatRange) -> FlatRange:
-    start, size, region, offset, flags = left
-    return FlatRange(start, size + right[1], region, offset, flags)
+def _logged(ranges: list[FlatRange], log_mask: int) -> list[FlatRange]:
+    """The ranges with ``log_mask`` on all memory."""
+    if not log_mask:
+        return ranges
+    return [
+        each._replace(flags=each[4] | log_mask) if each[2]._kind in BACKED else each
+        for each in ranges
+    ]
 
 
 def _cut_up(items: S) -> list[S]:
@@ -483,10 +378,6 @@ def _cut_up(items: S) -> list[S]:
 def _addresses(ranges: Iterable[FlatRange]) -> Starts:
     """The first addresses: unboxed, since bisection touches those of a large view only once."""
     return array("Q", [each[0] for each in ranges])
-
-
-def _firsts_of(starts: list[Starts]) -> Starts:
-    return array("Q", [each[0] for each in starts])
 
 
 def _union(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ transaction ends, `Pending.changes` turns that into what differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -142,7 +142,12 @@ class Pending:
                 damage.sight = sight
             elif damage.sight is not sight:
                 damage.sight = None
-            damage.windows.append((low, high))
+            windows = damage.windows
+            if windows and low <= windows[-1][1] and high >= windows[-1][0]:
+                # What a region showed before and what it shows after are often the same.
+                windows[-1] = min(low, windows[-1][0]), max(high, windows[-1][1])
+            else:
+                windows.append((low, high))
 
     def reattached(
         self, space: AddressSpace, region: MemoryRegion, before: Attached, low: int, high: int
@@ -181,8 +186,9 @@ class Pending:
         """
         found: list[SpaceChange] = []
         views = _Views(self._damage, log_mask)
-        attached = AttachedDiff(self._before)
-        concerned = [*self._damage, *(self._attached.keys() - self._damage.keys())]
+        concerned = list(self._damage)
+        if self._attached:
+            concerned += self._attached.keys() - self._damage.keys()
         if len(concerned) > 1:
             concerned.sort(key=_creation)
         for space in concerned:
@@ -197,7 +203,8 @@ class Pending:
                     events = diff(old, new, nops=True)
             eventfds: list[Event] = []
             stayed = self._stayed(space, new, events) if self._before else []
-            if stayed or any(each.range.region._attached is not NOTHING for each in events):
+            if stayed or _any_attached(events):
+                attached = AttachedDiff(self._before)
                 eventfds = attached.eventfds(old, new, events, stayed)
                 events = attached.coalesced(events, stayed)
             if new is not old or root is not space._view_root or events or eventfds:
@@ -264,6 +271,13 @@ class _Views:
             if damage is None or not damage.windows:
                 return each._view
         return None
+
+
+def _any_attached(events: Iterable[Event]) -> bool:
+    for each in events:
+        if each.range.region._attached is not NOTHING:
+            return True
+    return False
 
 
 def _creation(space: AddressSpace) -> int:

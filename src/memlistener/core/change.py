@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from memlistener.core.ways import Chain, Sight, covering, in_chain, outdate, way_of
+from memlistener.core.ways import Chain, Sight, covering, in_chain, outdate, outdate_below, way_of
 from memlistener.errors import RegionError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def change(
     *,
     above: MemoryRegion | None = None,
     before: Attached | None = None,
+    flags: bool = False,
 ) -> list[TreeOwner]:
     """Steps 2 to 5 of a mutator.
 
@@ -73,10 +74,13 @@ def change(
         above: The container that the region is about to join.
         before: For a change of what hangs on the region, which is no damage:
             what that was.
+        flags: Whether it is the region's flags, and so neither where it shows nor
+            what it hides.
     """
     owners = _owners(region, above)
+    make = _flag if flags else _make
     if not owners:
-        _make(apply, region)
+        make(apply, region)
         return []
     # Those with one journal answer alike.
     owners[0].check_change(region, what)
@@ -88,9 +92,10 @@ def change(
             owner.reattached(region, before, low, high)
         return owners
     _report(region)
-    _make(apply, region)
-    owners[0].record(partial(_make, undo, region))
-    _report(region)
+    make(apply, region)
+    owners[0].record(partial(make, undo, region))
+    if not flags:
+        _report(region)
     return owners
 
 
@@ -99,6 +104,12 @@ def _make(change: Callable[[], None], region: MemoryRegion) -> None:
     before = region._container
     change()
     outdate(region, before)
+
+
+def _flag(change: Callable[[], None], region: MemoryRegion) -> None:
+    """As `_make`, where ``region`` stays where it is."""
+    change()
+    outdate_below(region)
 
 
 def _owners(region: MemoryRegion, above: MemoryRegion | None) -> list[TreeOwner]:

@@ -255,10 +255,15 @@ class FlatView:
                 made += chunks[stop]
                 addresses += starts[stop]
                 stop += 1
-            cut = _cut_up(addresses)
-            chunks[first_chunk:stop] = _cut_up(tuple(made))
-            starts[first_chunk:stop] = cut
-            firsts[first_chunk:stop] = [each[0] for each in cut]
+            if len(made) <= 2 * _CHUNK and made:
+                chunks[first_chunk:stop] = (tuple(made),)
+                starts[first_chunk:stop] = (addresses,)
+                firsts[first_chunk:stop] = (addresses[0],)
+            else:
+                cut = _cut_up(addresses)
+                chunks[first_chunk:stop] = _cut_up(tuple(made))
+                starts[first_chunk:stop] = cut
+                firsts[first_chunk:stop] = [each[0] for each in cut]
         view._length = length
         return view
 

@@ -670,7 +670,7 @@ class MemoryRegion(Identity):
         def apply(flags: int) -> None:
             self._flags = flags
 
-        change(self, f"set_{what}", lambda: apply(new), lambda: apply(old))
+        change(self, f"set_{what}", lambda: apply(new), lambda: apply(old), flags=True)
 
     def set_log(self, log: bool, client: DirtyClient) -> None:
         """Have writes to the region logged for one client, or not (``memory_region_set_log``).

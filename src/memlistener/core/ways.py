@@ -96,8 +96,7 @@ class Way:
 
     def live_owners(self) -> list[TreeOwner]:
         """Each owner that can show the region, or could if it were not hidden."""
-        found = [owner() for owner in self.owners]
-        return [owner for owner in found if owner is not None]
+        return [owner for each in self.owners if (owner := each()) is not None]
 
 
 def way_of(region: MemoryRegion) -> Way:
@@ -121,6 +120,13 @@ def covering(region: MemoryRegion) -> tuple[Way, int, int] | None:
     if not region._enabled:
         return way_of(holder), 0, 0
     return way_of(holder), region._addr, region._addr + region._size
+
+
+def outdate_below(region: MemoryRegion) -> None:
+    """What ``region`` has those below it inherit changed: it shows where it did."""
+    global _epoch
+    if region._passed == _epoch:
+        _epoch += 1
 
 
 def outdate(region: MemoryRegion, before: MemoryRegion | None = None) -> None:
@@ -148,15 +154,18 @@ def in_chain(region: MemoryRegion, chain: Chain) -> bool:
 
 def _walk(region: MemoryRegion) -> Way:
     places: dict[tuple[int, int], Place] = {}
+    decides: dict[MemoryRegion, bool] = {}  # by root; RAM may show in it twenty times
     for root, sight in _sights(region):
         part = (sight.low - sight.base, sight.high - sight.base)
         place = places.get(part)
         if place is None:
             place = places[part] = Place(*part, [], [])
         place.sights.append(sight)
-        through: list[MemoryRegion] = []
-        view_root(root, through)
-        if region in through:
+        if root not in decides:
+            through: list[MemoryRegion] = []
+            view_root(root, through)
+            decides[root] = region in through
+        if decides[root]:
             place.deciding.append(sight)
     return Way(list(places.values()))
 

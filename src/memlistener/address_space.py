@@ -227,6 +227,11 @@ class AddressSpace(Identity):
             )
 
     def _check_range(self, addr: int, size: int) -> None:
+        for what, value in (("addr", addr), ("size", size)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise RegionTypeError(
+                    f"{what} of an access to {self._name!r} is an int, not {value!r}"
+                )
         if addr < 0 or size < 0 or addr + size > 1 << 64:
             raise RegionError(
                 f"[{addr:#x}, {addr + size:#x}) is not within the 64 bits of {self._name!r}"

@@ -7,7 +7,7 @@ transaction ends, `Pending.changes` turns that into what differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -203,7 +203,7 @@ class Pending:
                     events = diff(old, new, nops=True)
             eventfds: list[Event] = []
             stayed = self._stayed(space, new, events) if self._before else []
-            if stayed or _any_attached(events):
+            if stayed or any(each.range.region._attached is not NOTHING for each in events):
                 attached = AttachedDiff(self._before)
                 eventfds = attached.eventfds(old, new, events, stayed)
                 events = attached.coalesced(events, stayed)
@@ -271,13 +271,6 @@ class _Views:
             if damage is None or not damage.windows:
                 return each._view
         return None
-
-
-def _any_attached(events: Iterable[Event]) -> bool:
-    for each in events:
-        if each.range.region._attached is not NOTHING:
-            return True
-    return False
 
 
 def _creation(space: AddressSpace) -> int:

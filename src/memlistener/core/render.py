@@ -23,7 +23,7 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from memlistener.core.flatrange import FlatRange, merged, part
-from memlistener.core.kinds import INHERITED, RegionKind
+from memlistener.core.kinds import INHERITED
 from memlistener.core.ways import Chain, in_chain
 from memlistener.errors import RegionError
 
@@ -118,6 +118,9 @@ def place(
     out: list[FlatRange] = []
     append = out.append
     new = tuple.__new__  # FlatRange's own constructor, without the keyword handling
+    # What aliases have shown, and where: ways that part and meet again, as in a mirror
+    # of mirrors, double at each meeting.
+    placed: set[tuple[MemoryRegion, int, int, int]] = set()
     # The frames that wait for a child to be done.
     stack: list[tuple[Iterator[MemoryRegion], FlatRange | None, int, int, int, int, Chain]] = []
     # This one: the children left, its own placement if it terminates, ..., the
@@ -143,12 +146,8 @@ def place(
                 # alike, one has to be fetched from memory later on.
                 append(new(FlatRange, (first, size, child, first - start, flags | child._flags)))
                 continue
-            # Not a leaf: come back to this frame when the child is done.
-            stack.append((children, own, base, low, high, flags, via))
-            own = None
-            if child._kind is RegionKind.ALIAS:
-                target = child._alias_target
-                assert target is not None
+            target = child._alias_target
+            if target is not None:
                 if in_chain(child, via):
                     raise RegionError(
                         f"{child!r} shows itself: its target {target!r} shows it again at "
@@ -156,6 +155,16 @@ def place(
                         f"{last - start + child._alias_offset:#x}); move the alias, or make its "
                         f"window smaller"
                     )
+                if not target._looped:
+                    # What was placed there already hides all that would come.
+                    again = (target, start - child._alias_offset, first, last)
+                    if again in placed:
+                        continue
+                    placed.add(again)
+            # Not a leaf: come back to this frame when the child is done.
+            stack.append((children, own, base, low, high, flags, via))
+            own = None
+            if target is not None:
                 children = iter((target,))
                 base = start - child._alias_offset - target._addr
                 via = (via, child)

@@ -202,3 +202,21 @@ def test_nothing_is_kept_alive() -> None:
     assert reach(device) == []
     device.set_size(0x80)
     assert device.size == 0x80
+
+
+class Busy(Owner):
+    """Another thread's change of its own tree comes in between whenever it is asked."""
+
+    @property
+    def journal(self) -> Journal:
+        ways._epoch = next(ways._epochs)
+        return super().journal
+
+
+def test_an_epoch_that_ends_during_a_walk() -> None:
+    """Marks that were left on the way are of the old one, so what was found is not kept."""
+    system, _, box, device = chain()
+    owner = Busy(system)
+    assert not only_sight(box).holds
+    assert way_of(box) is not way_of(box)
+    assert reach(device) == [(owner, 0x6200, 0x6300)]

@@ -17,6 +17,7 @@ with what held it is no concern of its target, nor is what it led to.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 # The aliases on a way through the tree, the last one first: (the rest, alias).
 Chain: TypeAlias = "tuple[Chain, MemoryRegion] | None"
 
-_epoch = 1
+# Trees of several threads share it. So no number comes twice, whoever sets it last;
+# and a walk uses the one that it began with.
+_epochs = itertools.count(1)
+_epoch = next(_epochs)
 
 
 class Sight(NamedTuple):
@@ -87,8 +91,8 @@ class Way:
 
     __slots__ = ("epoch", "mixed", "owners", "places")
 
-    def __init__(self, places: list[Place]) -> None:
-        self.epoch = _epoch
+    def __init__(self, epoch: int, places: list[Place]) -> None:
+        self.epoch = epoch
         self.places = places
         sights = [sight for place in places for sight in place.sights]
         self.owners = tuple(dict.fromkeys(sight.owner for sight in sights))
@@ -126,7 +130,7 @@ def outdate_below(region: MemoryRegion) -> None:
     """What ``region`` has those below it inherit changed: it shows where it did."""
     global _epoch
     if region._passed == _epoch:
-        _epoch += 1
+        _epoch = next(_epochs)
 
 
 def outdate(region: MemoryRegion, before: MemoryRegion | None = None) -> None:
@@ -140,7 +144,7 @@ def outdate(region: MemoryRegion, before: MemoryRegion | None = None) -> None:
         or (before is not None and before._passed == now)
         or (after is not None and after._passed == now)
     ):
-        _epoch = now + 1
+        _epoch = next(_epochs)
 
 
 def in_chain(region: MemoryRegion, chain: Chain) -> bool:
@@ -153,9 +157,10 @@ def in_chain(region: MemoryRegion, chain: Chain) -> bool:
 
 
 def _walk(region: MemoryRegion) -> Way:
+    epoch = _epoch
     places: dict[tuple[int, int], Place] = {}
     decides: dict[MemoryRegion, bool] = {}  # by root; RAM may show in it twenty times
-    for root, sight in _sights(region):
+    for root, sight in _sights(region, epoch):
         part = (sight.low - sight.base, sight.high - sight.base)
         place = places.get(part)
         if place is None:
@@ -167,10 +172,10 @@ def _walk(region: MemoryRegion) -> Way:
             decides[root] = region in through
         if decides[root]:
             place.deciding.append(sight)
-    return Way(list(places.values()))
+    return Way(epoch, list(places.values()))
 
 
-def _sights(region: MemoryRegion) -> Iterator[tuple[MemoryRegion, Sight]]:
+def _sights(region: MemoryRegion, epoch: int) -> Iterator[tuple[MemoryRegion, Sight]]:
     """Walk up from ``region``, and mark what is passed: roots, and how they show it.
 
     One from which nothing of it can be seen counts too.
@@ -205,7 +210,7 @@ def _sights(region: MemoryRegion) -> Iterator[tuple[MemoryRegion, Sight]]:
             # ordinary, so the tree of a real machine does have such loops.
             if in_chain(alias, chain):
                 continue
-            alias._passed = _epoch
+            alias._passed = epoch
             at = alias._alias_offset
             todo.append(
                 (
@@ -230,12 +235,12 @@ def _sights(region: MemoryRegion) -> Iterator[tuple[MemoryRegion, Sight]]:
                 weakref.ref(top),
                 top_base - top._addr,
                 flags,
-                _epoch,
+                epoch,
             )
             yield each, sight
         holder = each._container
         if holder is not None:
-            holder._passed = _epoch
+            holder._passed = epoch
             assert holder._children is not None
             if holder._terminates or not holder._children.alone(each, low, high):
                 top, top_base, flags = holder, 0, 0

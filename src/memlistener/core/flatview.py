@@ -387,12 +387,8 @@ def _addresses(ranges: Iterable[FlatRange]) -> Starts:
 
 def _union(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The windows clipped to 64 bits, in order, those that touch made one."""
-    if len(windows) == 1:
-        low, high = max(windows[0][0], 0), min(windows[0][1], LIMIT)
-        return [(low, high)] if low < high else []
-    clipped = sorted(
-        (max(low, 0), min(high, LIMIT)) for low, high in windows if low < LIMIT and high > 0
-    )
+    clipped = [(low if low > 0 else 0, high if high < LIMIT else LIMIT) for low, high in windows]
+    clipped.sort()
     union: list[tuple[int, int]] = []
     for low, high in clipped:
         if low >= high:

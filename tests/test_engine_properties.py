@@ -391,11 +391,11 @@ class Machine:
                 dict(each.ranges),
                 set(each.eventfds),
                 Counter(each.coalesced),
-                dict(each.logged),
+                dict(each.logged) if who.logs else None,  # else it hears a part of it
                 each.logging,
             )
             for listening in self.listening.values()
-            for each, _ in listening
+            for each, who in listening
         ]
 
     def check(self) -> None:

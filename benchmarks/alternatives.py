@@ -111,8 +111,7 @@ def copied_list(settings: Settings) -> list[Figure]:
             for new in ([], shown):
                 old = chunked[0]
                 # What `FlatView.updated` does between rendering and returning.
-                first, last = old._position(low), old._position_after(low)
-                chunked[0] = old._spliced(*first, *last, new)
+                chunked[0] = old._spliced([(old._span(low, low), new)])
 
         taken = in_turns({"copy": by_copy, "chunk": by_chunk}, settings.samples(500), block=10)
         found += [

@@ -128,7 +128,19 @@ def tree(settings: Settings) -> list[Figure]:
         for what, (there, back) in each.changes().items():
             todo[f"commit, {shape}: {what}"] = (machine, there, back)
     taken = commits(todo, settings.samples(2_000))
-    return [figure(name, samples, n=300, bar=COMMIT_BAR) for name, samples in taken.items()]
+    found = [figure(name, samples, n=300, bar=COMMIT_BAR) for name, samples in taken.items()]
+    # A window beside the way up changes too, so that the way has to be found anew.
+    each = maps.pc(300)
+    window, region = each.root.subregions[0], each.region
+
+    def both(enabled: bool) -> None:
+        window.set_enabled(enabled)
+        region.set_enabled(enabled)
+
+    name = "commit, PC of 300 containers: toggle, and a window beside the way"
+    changes = (Machine(each.root), lambda: both(False), lambda: both(True))
+    samples = commits({name: changes}, settings.samples(2_000))[name]
+    return [*found, figure(name, samples, n=300, note="two changes in two containers")]
 
 
 def spaces(settings: Settings) -> list[Figure]:

@@ -219,6 +219,22 @@ def test_load_writes_all_or_nothing() -> None:
 # ---- what is written ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("wrong", [None, 1.0, "0", True])
+async def test_what_is_no_number(wrong: Any) -> None:
+    """The error names the argument, and the address space."""
+    space = MemorySystem().create_address_space("memory", MemoryRegion.ram("ram", 0x1000))
+    with pytest.raises(RegionTypeError, match="addr of an access to 'memory' is an int, not"):
+        await space.read(wrong, 1)
+    with pytest.raises(RegionTypeError, match="size of an access to 'memory' is an int, not"):
+        await space.read(0, wrong)
+    with pytest.raises(RegionTypeError, match="addr of an access"):
+        await space.write(wrong, b"a")
+    with pytest.raises(RegionTypeError, match="size of an access"):
+        space.map(0, wrong)
+    with pytest.raises(RegionTypeError, match="addr of an access"):
+        space.load(wrong, b"a")
+
+
 @pytest.mark.parametrize("data", [0x41, None, "text", [1, 2]])
 async def test_data_that_is_no_buffer(data: Any) -> None:
     """An int is no number of zeroes."""

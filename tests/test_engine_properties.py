@@ -391,11 +391,11 @@ class Machine:
                 dict(each.ranges),
                 set(each.eventfds),
                 Counter(each.coalesced),
-                dict(each.logged),
+                dict(each.logged) if who.logs else None,  # else it hears a part of it
                 each.logging,
             )
             for listening in self.listening.values()
-            for each, _ in listening
+            for each, who in listening
         ]
 
     def check(self) -> None:
@@ -433,8 +433,8 @@ class Machine:
         shared: dict[MemoryRegion | None, FlatView] = {}
         for space in self.spaces:
             root = view_root(space.root)
-            if root is space._view_root:
-                assert shared.setdefault(root, space.view) is space.view
+            assert root is space._view_root
+            assert shared.setdefault(root, space.view) is space.view
 
 
 @examples(dev=100, ci=2000)

@@ -452,10 +452,26 @@ async def test_who_no_longer_wants_to_know() -> None:
     forget = machine.memory.when_broken(lambda _: told.append("two"))
     machine.memory.when_broken(lambda _: told.append("three"))
     forget()
+    forget()  # again does no harm
     machine.fuse.set(5, 6)
     with pytest.raises(BrokenMemoryError):
         await machine.change()
     assert told == ["one", "three"]
+
+
+async def test_who_asked_twice() -> None:
+    """T13: taking the same request back again leaves the other one alone."""
+    machine = Machine()
+    await machine.start()
+    told: list[BaseException] = []
+    forget = machine.memory.when_broken(told.append)
+    machine.memory.when_broken(told.append)
+    forget()
+    forget()
+    machine.fuse.set(5, 6)
+    with pytest.raises(BrokenMemoryError):
+        await machine.change()
+    assert len(told) == 1
 
 
 async def test_a_failure_that_could_be_undone_breaks_nothing() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from memlistener import FlatRange, MemoryRegion, RegionError, TransactionError
 from memlistener.core.diff import Event, RegionDel
 from memlistener.core.ioeventfd import Attached
+from memlistener.core.ways import Sight
 from memlistener.testing.strategies import addresses, sizes
 
 from .oracles import TOP
@@ -85,7 +86,7 @@ class Owner:
     def journal(self) -> Journal:
         return self._journal
 
-    def damage(self, low: int, high: int) -> None:
+    def damage(self, low: int, high: int, sight: Sight | None = None) -> None:
         self.damaged.append((low, high))
 
     def reattached(self, region: MemoryRegion, before: Attached, low: int, high: int) -> None:

@@ -12,6 +12,7 @@ from memlistener.core.identity import Identity
 from memlistener.core.ioeventfd import Attached
 from memlistener.core.ops import UNSPECIFIED, MemTxAttrs, MemTxResult
 from memlistener.core.region import MemoryRegion
+from memlistener.core.ways import Sight
 from memlistener.errors import RegionError, RegionTypeError, UnassignedAccessError
 from memlistener.listener import Hook, MemoryListener, Registration
 
@@ -226,6 +227,11 @@ class AddressSpace(Identity):
             )
 
     def _check_range(self, addr: int, size: int) -> None:
+        for what, value in (("addr", addr), ("size", size)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise RegionTypeError(
+                    f"{what} of an access to {self._name!r} is an int, not {value!r}"
+                )
         if addr < 0 or size < 0 or addr + size > 1 << 64:
             raise RegionError(
                 f"[{addr:#x}, {addr + size:#x}) is not within the 64 bits of {self._name!r}"
@@ -246,9 +252,9 @@ class AddressSpace(Identity):
         """Keep the way back from a change."""
         self._memory._pending.journal.append(undo)
 
-    def damage(self, low: int, high: int) -> None:
+    def damage(self, low: int, high: int, sight: Sight | None = None) -> None:
         """[low, high) has to be rendered again when the transaction ends."""
-        self._memory._pending.damage(self, low, high)
+        self._memory._pending.damage(self, low, high, sight)
 
     def reattached(self, region: MemoryRegion, before: Attached, low: int, high: int) -> None:
         """What hangs on ``region`` changed, which shows in [low, high)."""

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from memlistener.pending import SpaceChange
 
 Hooks = Mapping[str, Sequence[Hook]]
+# Tuples: a union of types would be made anew for each event.
+_EVENTFD = (EventfdAdd, EventfdDel)
+_LOG = (LogStart, LogStop)
+_COALESCED = (CoalescedAdd, CoalescedDel)
 
 
 class Delivery:
@@ -110,7 +114,7 @@ class Delivery:
 
 def arguments(space: AddressSpace, event: Event) -> tuple[object, ...]:
     """What the hook of ``event`` is called with."""
-    if isinstance(event, EventfdAdd | EventfdDel):
+    if isinstance(event, _EVENTFD):
         fd = event.fd
         each = event.range
         section = MemoryRegionSection(
@@ -122,8 +126,8 @@ def arguments(space: AddressSpace, event: Event) -> tuple[object, ...]:
         )
         return section, fd.match_data, fd.data or 0, fd.eventfd
     section = MemoryRegionSection.of(space, event.range)
-    if isinstance(event, LogStart | LogStop):
+    if isinstance(event, _LOG):
         return section, event.old, event.new
-    if isinstance(event, CoalescedAdd | CoalescedDel):
+    if isinstance(event, _COALESCED):
         return section, event.addr, event.size
     return (section,)

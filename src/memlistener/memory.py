@@ -29,6 +29,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import TracebackType
 
 import trio
@@ -309,10 +310,16 @@ class MemorySystem(Identity):
         """Call ``callback(error)`` should the system break: an accelerator stops its vCPUs.
 
         Returns:
-            A function that takes the request back.
+            A function that takes the request back; again does no harm.
         """
-        self._on_broken.append(callback)
-        return lambda: self._on_broken.remove(callback)
+        request = partial(callback)  # one of its own: a callback may be asked for twice
+        self._on_broken.append(request)
+
+        def forget() -> None:
+            if request in self._on_broken:
+                self._on_broken.remove(request)
+
+        return forget
 
     def before_transaction(self, callback: Callable[[], Awaitable[None]]) -> Callable[[], None]:
         """Await ``callback()`` before a task waits for its turn to open a transaction.

@@ -19,6 +19,7 @@ from memlistener.core.ioeventfd import NOTHING, Attached, AttachedDiff
 from memlistener.core.kinds import LIMIT
 from memlistener.core.region import MemoryRegion
 from memlistener.core.sharing import view_root
+from memlistener.core.ways import Sight
 
 if TYPE_CHECKING:
     from memlistener.address_space import AddressSpace
@@ -57,6 +58,21 @@ class SpaceChange:
         return not any(each.hook in _MAP_HOOKS for each in self.events)
 
 
+class Damage:
+    """What may look different in one address space.
+
+    Attributes:
+        windows: Where.
+        sight: The one sight that all of them were seen through; None for several.
+    """
+
+    __slots__ = ("sight", "windows")
+
+    def __init__(self) -> None:
+        self.windows: Windows = []
+        self.sight: Sight | None = None
+
+
 class Limbo:
     """Owner of what left the tree in this transaction, until the transaction ends.
 
@@ -81,7 +97,7 @@ class Limbo:
         """Keep the way back."""
         self._memory._pending.journal.append(undo)
 
-    def damage(self, low: int, high: int) -> None:
+    def damage(self, low: int, high: int, sight: Sight | None = None) -> None:
         """Nothing shows what is in limbo."""
 
     def reattached(self, region: MemoryRegion, before: Attached, low: int, high: int) -> None:
@@ -106,7 +122,7 @@ class Pending:
 
     def __init__(self, memory: MemorySystem) -> None:
         self.journal: list[Callable[[], None]] = []
-        self._damage: dict[AddressSpace, Windows] = {}
+        self._damage: dict[AddressSpace, Damage] = {}
         self._attached: dict[AddressSpace, Windows] = {}
         self._before: dict[MemoryRegion, Attached] = {}
         self._limbo = Limbo(memory)
@@ -116,13 +132,22 @@ class Pending:
         """Whether anything may have changed that somebody sees."""
         return bool(self._damage or self._attached)
 
-    def damage(self, space: AddressSpace, low: int, high: int) -> None:
+    def damage(self, space: AddressSpace, low: int, high: int, sight: Sight | None = None) -> None:
         """[low, high) of ``space`` may look different; empty: but not its map."""
-        windows = self._damage.get(space)
-        if windows is None:
-            windows = self._damage[space] = []
+        damage = self._damage.get(space)
+        if damage is None:
+            damage = self._damage[space] = Damage()
         if low < high:
-            windows.append((low, high))
+            if not damage.windows:
+                damage.sight = sight
+            elif damage.sight is not sight:
+                damage.sight = None
+            windows = damage.windows
+            if windows and low <= windows[-1][1] and high >= windows[-1][0]:
+                # What a region showed before and what it shows after are often the same.
+                windows[-1] = min(low, windows[-1][0]), max(high, windows[-1][1])
+            else:
+                windows.append((low, high))
 
     def reattached(
         self, space: AddressSpace, region: MemoryRegion, before: Attached, low: int, high: int
@@ -167,8 +192,9 @@ class Pending:
         """
         found: list[SpaceChange] = []
         views = _Views(self._damage, log_mask)
-        attached = AttachedDiff(self._before)
-        concerned = [*self._damage, *(self._attached.keys() - self._damage.keys())]
+        concerned = list(self._damage)
+        if self._attached:
+            concerned += self._attached.keys() - self._damage.keys()
         if len(concerned) > 1:
             concerned.sort(key=_creation)
         for space in concerned:
@@ -177,13 +203,14 @@ class Pending:
             events: list[Event] = []
             if space in self._damage:
                 root = view_root(space._root)
-                if self._damage[space] or root is not space._view_root:
+                if self._damage[space].windows or root is not space._view_root:
                     new, events = views.next(space, root)
                 if events and "region_nop" in space._hooks:
                     events = diff(old, new, nops=True)
             eventfds: list[Event] = []
             stayed = self._stayed(space, new, events) if self._before else []
             if stayed or any(each.range.region._attached is not NOTHING for each in events):
+                attached = AttachedDiff(self._before)
                 eventfds = attached.eventfds(old, new, events, stayed)
                 events = attached.coalesced(events, stayed)
             if new is not old or root is not space._view_root or events or eventfds:
@@ -195,7 +222,9 @@ class Pending:
     ) -> list[FlatRange]:
         """Ranges in both views of regions whose attachments changed."""
         # A region that was hidden when it changed, and shows again, did so in damage.
-        windows = [*self._attached.get(space, ()), *self._damage.get(space, ())]
+        windows = self._attached.get(space, [])
+        if space in self._damage:
+            windows = windows + self._damage[space].windows
         added = {each.range for each in events if isinstance(each, RegionAdd)}
         stayed: dict[FlatRange, None] = {}
         for low, high in windows:
@@ -208,7 +237,7 @@ class Pending:
 class _Views:
     """The next views of one commit: rendered once for all that share one (rule F7)."""
 
-    def __init__(self, damage: dict[AddressSpace, Windows], log_mask: int) -> None:
+    def __init__(self, damage: dict[AddressSpace, Damage], log_mask: int) -> None:
         self._damage = damage
         self._log_mask = log_mask
         self._views: dict[MemoryRegion | None, FlatView] = {}
@@ -225,7 +254,11 @@ class _Views:
         elif root is None:
             new = _EMPTY
         else:
-            new, events = old.updated(root, self._damage[space], log_mask=self._log_mask)
+            damage = self._damage[space]
+            sight = damage.sight
+            if sight is not None and not sight.holds:
+                sight = None
+            new, events = old.updated(root, damage.windows, log_mask=self._log_mask, sight=sight)
             self._events[id(old), id(new)] = events
         self._views[root] = new
         if new is old:
@@ -240,7 +273,8 @@ class _Views:
     def _elsewhere(self, space: AddressSpace, root: MemoryRegion | None) -> FlatView | None:
         """The view of an address space that came down to ``root`` already, and stays."""
         for each in space.memory._sharing.of(root):
-            if not self._damage.get(each):
+            damage = self._damage.get(each)
+            if damage is None or not damage.windows:
                 return each._view
         return None
 

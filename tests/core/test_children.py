@@ -198,3 +198,49 @@ def test_many_priorities(priorities: list[int], random: Random) -> None:
         if random.random() < 0.3:
             children.remove(added.pop(random.randrange(len(added))))
         assert list(children) == tried_first(added)
+
+
+@examples(dev=150, ci=1000)
+@given(
+    st.lists(st.tuples(st.integers(0, 0x400), st.integers(1, 0x400), st.booleans()), min_size=1),
+    st.integers(0, 0x400),
+    st.integers(1, 0x400),
+)
+def test_alone(spans: list[tuple[int, int, bool]], low: int, size: int) -> None:
+    """Nobody else reaches in where it says so; and of few it says so whenever it is true."""
+    children = Children()
+    regions = []
+    for addr, each, enabled in spans:
+        region = MemoryRegion.io("r", each, None)
+        region._addr, region._enabled = addr, enabled
+        children.add(region)
+        regions.append(region)
+    for region in regions:
+        others = [
+            each
+            for each in regions
+            if each is not region
+            and each.enabled
+            and each.addr < low + size
+            and each.addr + each.size > low
+        ]
+        said = children.alone(region, low, low + size)
+        assert not (said and others)
+        if len(regions) < 8:
+            assert said is not bool(others)
+
+
+def test_alone_looks_at_few() -> None:
+    """However many siblings there are: a change near them costs what changed."""
+    children = Children()
+    for number in range(1000):
+        region = MemoryRegion.io("hidden", 0x100, None)
+        region._addr, region._enabled = number * 0x100, False
+        children.add(region)
+    assert children._grid is not None
+    for cells in children._grid.values():
+        for cell, members in cells.items():
+            cells[cell] = Counting(members)
+    Counting.walks = 0
+    assert not children.alone(region, 0, 1 << 64)
+    assert 0 < Counting.walks <= 64

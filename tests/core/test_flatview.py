@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 
 from memlistener import FlatRange, FlatView, MemoryRegion
 from memlistener.core.diff import Event, RegionAdd, RegionDel, diff
-from memlistener.core.kinds import NONVOLATILE, READONLY, ROMD_MODE, UNMERGEABLE
 from memlistener.testing.strategies import TreePlan, tree_plans
 from tests.core.test_render import pc
 from tests.oracles import TOP, Shown, flatten
@@ -34,58 +32,6 @@ def described(events: list[Event]) -> list[str]:
         f"[{each.range.start:x}, {each.range.end:x})"
         for each in events
     ]
-
-
-class TestFlatRange:
-    RAM = MemoryRegion.ram("ram", 0x1000)
-
-    def test_flags(self) -> None:
-        """Every flag has its attribute."""
-        for flag, name in (
-            (READONLY, "readonly"),
-            (ROMD_MODE, "romd_mode"),
-            (NONVOLATILE, "nonvolatile"),
-            (UNMERGEABLE, "unmergeable"),
-        ):
-            each = FlatRange(0, 1, self.RAM, 0, flag)
-            names = ("readonly", "romd_mode", "nonvolatile", "unmergeable")
-            assert [one for one in names if getattr(each, one)] == [name]
-            assert each.dirty_log_mask == 0
-        assert FlatRange(0, 1, self.RAM, 0, 0x50).dirty_log_mask == 5
-
-    def test_equal_by_content(self) -> None:
-        """Two equal ranges are one key."""
-        one, two = (FlatRange(0, 0x1000, self.RAM, 0, 0) for _ in range(2))
-        assert one == two
-        assert hash(one) == hash(two)
-
-    @pytest.mark.parametrize("field", ["start", "size", "region", "offset", "flags"])
-    def test_unequal(self, field: str) -> None:
-        """Any difference counts."""
-        one = FlatRange(0, 0x1000, self.RAM, 0, 0)
-        changed: dict[str, Any] = {
-            field: MemoryRegion.ram("ram", 0x1000) if field == "region" else 1
-        }
-        two = one._replace(**changed)
-        assert one != two
-        assert (one == two) is False
-
-    def test_repr(self) -> None:
-        """Half-open, hex, and the flags that are unusual."""
-        assert (
-            repr(FlatRange(0x1000, 0x800, self.RAM, 0x10, ROMD_MODE))
-            == "<FlatRange [0x1000, 0x1800) ram 'ram' +0x10>"
-        )
-        flags = READONLY | NONVOLATILE | UNMERGEABLE
-        assert repr(FlatRange(0, 1, self.RAM, 0, flags)).endswith(
-            "+0x0 readonly nonvolatile unmergeable not-romd>"
-        )
-
-    def test_immutable(self) -> None:
-        """A range that somebody holds stays what it is."""
-        each = FlatRange(0, 1, self.RAM, 0, 0)
-        with pytest.raises(AttributeError):
-            each.start = 1  # type: ignore[misc]
 
 
 class TestReading:

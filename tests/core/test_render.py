@@ -526,18 +526,44 @@ def test_against_the_oracles(plan: TreePlan) -> None:
                 assert (found and Shown.of(found).at(addr)) == resolve(root, addr), hex(addr)
 
 
+def test_ways_that_part_and_meet_again() -> None:
+    """F5: two aliases of one region at one place, 40 times over: 40 steps, not 2**40."""
+    ram = MemoryRegion.ram("ram", 0x1000)
+    top = ram
+    for _ in range(40):
+        holder = MemoryRegion.container("holder", 0x1000)
+        for priority in range(2):
+            alias = MemoryRegion.alias("alias", top, offset=0, size=0x1000)
+            alias.set_readonly(priority == 0)
+            holder.add_subregion_overlap(0, alias, priority)
+        top = holder
+    (each,) = FlatView.render(top)
+    assert (each.start, each.size, each.region, each.readonly) == (0, 0x1000, ram, False)
+    # Only what was placed in full hides the rest: here the first shows half of it.
+    part = MemoryRegion.alias("part", top, offset=0, size=0x800)
+    whole = MemoryRegion.alias("whole", top, offset=0, size=0x1000)
+    whole.set_readonly(True)
+    root = MemoryRegion.container("root", 0x1000)
+    root.add_subregion_overlap(0, part, 1)
+    root.add_subregion_overlap(0, whole, 0)
+    assert [(each.size, each.readonly) for each in FlatView.render(root)] == [
+        (0x800, False),
+        (0x800, True),
+    ]
+
+
 @examples(dev=60, ci=500)
 @given(tree_plans(limit=0x40, max_regions=10), st.integers(0, 0x40), st.integers(1, 0x40))
 def test_windows(plan: TreePlan, low: int, size: int) -> None:
     """F8: a window renders as what the whole shows there, address by address."""
     root = plan.build()[0]
-    pieces = list(render(root, low, low + size))
     got: dict[int, tuple[MemoryRegion, int]] = {}
     last = low
-    for start, end, region, base, *_ in pieces:
-        assert last <= start < end <= low + size
-        last = end
-        got.update((addr, (region, addr - base)) for addr in range(start, end))
+    for each in render(root, low, low + size):
+        assert last <= each.start < each.end <= low + size
+        last = each.end
+        for addr in range(each.start, each.end):
+            got[addr] = each.region, each.offset + addr - each.start
     for addr in range(low, low + size):
         expected = resolve(root, addr)
         assert got.get(addr) == (expected and (expected.region, expected.offset))

@@ -1,23 +1,22 @@
 """The machinery of a change to the tree: who has to allow it, and who has to know.
 
-`reach` walks upwards from a region to every address space that can show it, and
-`change` wraps one mutation into the steps that all of them share: ask, apply,
-journal the way back, report the damage.
+`reach` says which address spaces can show a region, and where; `change` wraps one
+mutation into the steps that all of them share: ask, apply, journal the way back,
+report the damage. The ways from a region up to the address spaces are `core.ways`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
+from memlistener.core.ways import Chain, Sight, covering, in_chain, outdate, outdate_below, way_of
 from memlistener.errors import RegionError
 
 if TYPE_CHECKING:
     from memlistener.core.ioeventfd import Attached
     from memlistener.core.region import MemoryRegion
-
-# The aliases on a way through the tree, the last one first: (the rest, alias).
-Chain: TypeAlias = "tuple[Chain, MemoryRegion] | None"
 
 
 class TreeOwner(Protocol):
@@ -36,8 +35,14 @@ class TreeOwner(Protocol):
         """Owners with the same journal need to be told of an undo only once."""
         ...
 
-    def damage(self, low: int, high: int) -> None:
-        """Addresses [low, high) may look different now; where it is empty, none do."""
+    def damage(self, low: int, high: int, sight: Sight | None = None) -> None:
+        """Addresses [low, high) may look different now; where it is empty, none do.
+
+        Args:
+            low: The first.
+            high: One past the last.
+            sight: Where a region shows that has all that changed below it.
+        """
         ...
 
     def reattached(self, region: MemoryRegion, before: Attached, low: int, high: int) -> None:
@@ -57,6 +62,7 @@ def change(
     *,
     above: MemoryRegion | None = None,
     before: Attached | None = None,
+    flags: bool = False,
 ) -> list[TreeOwner]:
     """Steps 2 to 5 of a mutator.
 
@@ -68,80 +74,107 @@ def change(
         above: The container that the region is about to join.
         before: For a change of what hangs on the region, which is no damage:
             what that was.
+        flags: Whether it is the region's flags, and so neither where it shows nor
+            what it hides.
     """
-    reached = reach(region)
-    if above is not None:
-        reached += [(owner, 0, 0) for owner, _, _ in reach(above)]
-    if not reached:
-        apply()
+    owners = _owners(region, above)
+    make = _flag if flags else _make
+    if not owners:
+        make(apply, region)
         return []
-    owners = list(dict.fromkeys(owner for owner, _, _ in reached))
+    # Those with one journal answer alike.
+    owners[0].check_change(region, what)
+    if before is not None:
+        apply()
+        owners[0].record(undo)
+        for owner, low, high in reach(region):
+            # Hidden or not: it may show again before the transaction ends.
+            owner.reattached(region, before, low, high)
+        return owners
+    _report(region)
+    make(apply, region)
+    owners[0].record(partial(make, undo, region))
+    if not flags:
+        _report(region)
+    return owners
+
+
+def _make(change: Callable[[], None], region: MemoryRegion) -> None:
+    """Change ``region``, or back, and forget the ways that this may have changed."""
+    before = region._container
+    change()
+    outdate(region, before)
+
+
+def _flag(change: Callable[[], None], region: MemoryRegion) -> None:
+    """As `_make`, where ``region`` stays where it is."""
+    change()
+    outdate_below(region)
+
+
+def _owners(region: MemoryRegion, above: MemoryRegion | None) -> list[TreeOwner]:
+    """Who has to allow a change, and has to know: all of them keep one journal."""
+    found = covering(region)
+    if above is None:
+        if found is None:
+            return []
+        owners = found[0].live_owners()
+        if not found[0].mixed:
+            return owners
+    else:
+        owners = way_of(above).live_owners()
+        if found is not None:
+            owners = list(dict.fromkeys([*found[0].live_owners(), *owners]))
     if len({id(owner.journal) for owner in owners}) > 1:
         raise RegionError(
             f"{region!r} is reachable from two memory systems: they cannot change it "
             f"in one transaction"
         )
-    for owner in owners:
-        owner.check_change(region, what)
-    apply()
-    owners[0].record(undo)
-    if before is not None:
-        for owner, low, high in reached:
-            # Hidden or not: it may show again before the transaction ends.
-            owner.reattached(region, before, low, high)
-        return owners
-    for owner, low, high in reached:
-        # What shows nowhere may decide all the same which view a root shares (F7).
-        owner.damage(low, high)
-    for owner, low, high in reach(region):
-        if low < high:
-            owner.damage(low, high)
     return owners
+
+
+def _report(region: MemoryRegion) -> None:
+    """Tell each owner where ``region`` shows now."""
+    found = covering(region)
+    if found is None:
+        return
+    way, low, high = found
+    for first, last, sights, deciding in way.places:
+        begin = first if first > low else low
+        end = last if last < high else high
+        if begin < end:
+            for sight in sights:
+                owner = sight.owner()
+                if owner is not None:
+                    owner.damage(begin + sight.base, end + sight.base, sight)
+        else:
+            # What shows nowhere may decide all the same which view a root shares (F7).
+            for sight in deciding if way is not region._way else sights:
+                owner = sight.owner()
+                if owner is not None:
+                    owner.damage(0, 0)
 
 
 def reach(region: MemoryRegion) -> list[tuple[TreeOwner, int, int]]:
     """Where a region can show: (owner, low, high) in the owner's addresses.
 
-    Walks up through containers and through aliases of them, clipping on the
-    way. An owner from which nothing of it can be seen comes with an empty
-    window: the region is live there all the same.
+    An owner from which nothing of it can be seen comes with an empty window: the
+    region is live there all the same.
     """
-    found: list[tuple[TreeOwner, int, int]] = []
-    unseen: set[MemoryRegion] = set()  # walked already with an empty window
-    # And with one that is not: ways that part and meet again double at each
-    # meeting. Where an alias may lead back, the ways above depend on the chain.
-    seen: set[tuple[MemoryRegion, int, int]] = set()
-    # (region, low, high, the aliases passed on the way)
-    todo: list[tuple[MemoryRegion, int, int, Chain]] = [(region, 0, region._size, None)]
-    while todo:
-        each, low, high, chain = todo.pop()
-        if low < 0:
-            low = 0
-        if high > each._size:
-            high = each._size
-        if low >= high or not each._enabled:
-            if each in unseen:
-                continue
-            unseen.add(each)
-            low = high = 0
-        elif chain is not None and not each._looped:
-            if (each, low, high) in seen:
-                continue
-            seen.add((each, low, high))
-        if each._aliases:
-            for alias in each._aliases:
-                # Through an alias a second time: it would show itself, which
-                # rendering refuses. An alias of a container that it is in is
-                # ordinary, so the tree of a real machine does have such loops.
-                if not in_chain(alias, chain):
-                    offset = alias._alias_offset
-                    todo.append((alias, low - offset, high - offset, (chain, alias)))
-        addr = each._addr
-        for owner in each._owners:
-            found.append((owner, low + addr, high + addr))
-        if each._container is not None:
-            todo.append((each._container, low + addr, high + addr, chain))
-    return found
+    found = covering(region)
+    if found is None:
+        return []
+    way, low, high = found
+    windows: list[tuple[TreeOwner, int, int]] = []
+    for first, last, sights, _ in way.places:
+        begin, end = max(first, low), min(last, high)
+        for sight in sights if begin < end else ():
+            owner = sight.owner()
+            if owner is not None:
+                windows.append((owner, begin + sight.base, end + sight.base))
+    seeing = {owner for owner, _, _ in windows}
+    windows += [(owner, 0, 0) for owner in way.live_owners() if owner not in seeing]
+    return windows
 
 
 def showing_itself(region: MemoryRegion) -> MemoryRegion | None:
@@ -167,15 +200,6 @@ def showing_itself(region: MemoryRegion) -> MemoryRegion | None:
             if at._container is not None:
                 todo.append((at._container, low + at._addr, high + at._addr, chain))
     return None
-
-
-def in_chain(region: MemoryRegion, chain: Chain) -> bool:
-    """Whether ``region`` is one of a chain's aliases."""
-    while chain is not None:
-        chain, alias = chain
-        if alias is region:
-            return True
-    return False
 
 
 def above_of(region: MemoryRegion) -> set[MemoryRegion]:

@@ -1,4 +1,4 @@
-"""`FlatRange` and `FlatView`: what a tree of regions shows, as an immutable value.
+"""`FlatView`: what a tree of regions shows, as an immutable value.
 
 A view is a sequence of ranges in ascending order, none touching a neighbour
 that it could be merged with. It is stored in chunks of a few hundred ranges, so
@@ -16,103 +16,27 @@ import gc
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from memlistener.core.diff import Event, diff
-from memlistener.core.kinds import (
-    BACKED,
-    LIMIT,
-    LOG_SHIFT,
-    NONVOLATILE,
-    READONLY,
-    ROMD_MODE,
-    UNMERGEABLE,
-)
+from memlistener.core.flatrange import FlatRange, mergeable, merged, part
+from memlistener.core.kinds import BACKED, LIMIT, UNMERGEABLE
 from memlistener.core.region import MemoryRegion
-from memlistener.core.render import Piece, render
+from memlistener.core.render import render
+from memlistener.core.ways import Sight
 from memlistener.errors import RegionTypeError
 
-T = TypeVar("T")
 Starts: TypeAlias = "array[int]"
+__all__ = ["FlatRange", "FlatView"]
+
+S = TypeVar("S", "tuple[FlatRange, ...]", "array[int]")
+# Ranges of a view: the chunk and index of the first, and the chunk of the last and
+# one past its index.
+Span: TypeAlias = "tuple[int, int, int, int]"
 
 # Ranges in a full chunk. Replacing a range copies one chunk of this size and a
 # list of len(view) / this: at 256 both stay small up to a million ranges.
 _CHUNK = 256
-# Windows with so few ranges between them are updated in one go.
-_CLOSE = 8
-
-
-class FlatRange(NamedTuple):
-    """A run of addresses that shows one stretch of one region.
-
-    A tuple, because views of a million are made and a frozen attrs class takes
-    five times as long to construct.
-
-    Attributes:
-        start: First address.
-        size: Bytes.
-        region: What shows; never a container or an alias.
-        offset: Where in ``region`` it starts, in bytes.
-        flags: The flags below, packed.
-    """
-
-    start: int
-    size: int
-    region: MemoryRegion
-    offset: int
-    flags: int
-
-    @property
-    def end(self) -> int:
-        """One past the last address."""
-        return self.start + self.size
-
-    @property
-    def readonly(self) -> bool:
-        """Whether the region, or anything above it on the way, is read-only."""
-        return bool(self.flags & READONLY)
-
-    @property
-    def romd_mode(self) -> bool:
-        """Whether a ROM device is read as memory; True for other regions."""
-        return bool(self.flags & ROMD_MODE)
-
-    @property
-    def nonvolatile(self) -> bool:
-        """Whether the memory outlives the machine."""
-        return bool(self.flags & NONVOLATILE)
-
-    @property
-    def unmergeable(self) -> bool:
-        """Whether the range stays apart from its neighbours."""
-        return bool(self.flags & UNMERGEABLE)
-
-    @property
-    def dirty_log_mask(self) -> int:
-        """One bit for each client that logs writes to the range."""
-        return self.flags >> LOG_SHIFT
-
-    def __repr__(self) -> str:
-        flags = "".join(
-            f" {name}" for name in ("readonly", "nonvolatile", "unmergeable") if getattr(self, name)
-        )
-        if not self.flags & ROMD_MODE:
-            flags += " not-romd"
-        return (
-            f"<FlatRange [{self.start:#x}, {self.end:#x}) {self.region.kind.value} "
-            f"{self.region.name!r} +{self.offset:#x}{flags}>"
-        )
-
-
-def mergeable(left: FlatRange, right: FlatRange) -> bool:
-    """Rule F6, for two ranges in ascending order."""
-    return (
-        left[2] is right[2]
-        and left[0] + left[1] == right[0]
-        and left[3] + left[1] == right[3]
-        and left[4] == right[4]
-        and not left[4] & UNMERGEABLE
-    )
 
 
 class FlatView:
@@ -127,13 +51,10 @@ class FlatView:
     def __init__(self, ranges: Iterable[FlatRange] = ()) -> None:
         """A view of these ranges, which must be in order, apart and merged."""
         whole = tuple(ranges)
-        self._set(_chunked(whole), len(whole))
-
-    def _set(self, chunks: list[tuple[FlatRange, ...]], length: int) -> None:
-        self._chunks = chunks
-        self._starts = [_addresses(chunk) for chunk in chunks]
+        self._chunks = _cut_up(whole)
+        self._starts = [_addresses(chunk) for chunk in self._chunks]
         self._firsts = [starts[0] for starts in self._starts]
-        self._length = length
+        self._length = len(whole)
 
     @classmethod
     def render(cls, root: MemoryRegion, *, log_mask: int = 0) -> FlatView:
@@ -153,7 +74,7 @@ class FlatView:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            return cls(_joined(render(root, 0, LIMIT), log_mask))
+            return cls(_logged(render(root, 0, LIMIT), log_mask))
         finally:
             if collecting:
                 gc.enable()
@@ -219,7 +140,12 @@ class FlatView:
     # ---- making the next view ---------------------------------------------------
 
     def updated(
-        self, root: MemoryRegion, windows: Sequence[tuple[int, int]], *, log_mask: int = 0
+        self,
+        root: MemoryRegion,
+        windows: Sequence[tuple[int, int]],
+        *,
+        log_mask: int = 0,
+        sight: Sight | None = None,
     ) -> tuple[FlatView, list[Event]]:
         """The view after a change that can show only inside ``windows``.
 
@@ -229,148 +155,116 @@ class FlatView:
             root: The tree as it is now.
             windows: [low, high) each; in any order, may overlap.
             log_mask: As for `render`.
+            sight: One that holds, of a region below ``root``: a window inside it
+                need not be rendered from the root.
 
         Returns:
             The new view and what differs, deletes first, both ascending (rule
             T5), without a word on ranges that stay. Where nothing differs the
             view is ``self``.
         """
-        union = _union(windows)
-        if len(union) == 1:  # as most are
-            return self._updated(root, union, log_mask)
-        groups = self._groups(union)
-        if len(groups) == 1:
-            return self._updated(root, union, log_mask)
-        view = self
-        dels: list[Event] = []
-        adds: list[Event] = []
-        for group in groups:
-            view, events = view._updated(root, group, log_mask)
-            for event in events:
-                (dels if event.is_delete else adds).append(event)
-        return view, dels + adds
+        source = _Source(root, sight, log_mask)
+        edits: list[tuple[Span, list[FlatRange]]] = []
+        before: list[FlatRange] = []
+        after: list[FlatRange] = []
+        for span, group in self._groups(_union(windows)):
+            old = self._between(span)
+            new = _redone(source, group, old)
+            if new != old:
+                before += old
+                after += new
+                edits.append((span, new))
+        if not edits:
+            return self, []
+        return self._spliced(edits), diff(before, after)
 
-    def _groups(self, windows: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """The windows, those together that touch one range, or lie close by each other.
-
-        The former must not be taken one by one; the latter are cheaper together:
-        a region that moves damages two windows, most often of one chunk.
-        """
-        groups: list[list[tuple[int, int]]] = []
-        after = (-1, 0)
-        for low, high in windows:
-            chunk, index = self._position(low)
-            if (chunk, index) < after or (chunk == after[0] and index - after[1] <= _CLOSE):
-                groups[-1].append((low, high))
+    def _groups(self, windows: list[tuple[int, int]]) -> list[tuple[Span, list[tuple[int, int]]]]:
+        """The windows, those together that touch one range: they must not be taken one by one."""
+        groups: list[tuple[Span, list[tuple[int, int]]]] = []
+        for window in windows:
+            span = self._span(*window)
+            if groups and span[:2] < groups[-1][0][2:]:
+                (chunk, first, _, _), group = groups[-1]
+                group.append(window)
+                groups[-1] = (chunk, first, *span[2:]), group
             else:
-                groups.append([(low, high)])
-            after = self._position_after(high)
+                groups.append((span, [window]))
         return groups
 
-    def _updated(
-        self, root: MemoryRegion, windows: list[tuple[int, int]], log_mask: int
-    ) -> tuple[FlatView, list[Event]]:
-        # The old ranges that reach into a window or touch it: those can merge
-        # with what is rendered now, all others cannot.
-        first_chunk, first = self._position(windows[0][0])
-        last_chunk, last = self._position_after(windows[-1][1])
-        old = list(self._between(first_chunk, first, last_chunk, last))
-        for each in old:
-            if each[4] & UNMERGEABLE:
-                windows = _widened(windows, old)
-                break
-        pieces: list[FlatRange] = []
-        at = 0  # up to here everything is in pieces
-        kept = iter(old)
-        left = next(kept, None)
-        for low, high in windows:
-            # What lies before the window, and of a range that reaches into it
-            # the part before it.
-            while left is not None and left[0] < low:
-                end = left[0] + left[1]
-                if at <= left[0] and end <= low:
-                    pieces.append(left)
-                elif max(at, left[0]) < min(low, end):
-                    pieces.append(_cut(left, max(at, left[0]), min(low, end)))
-                if end > low:
-                    break
-                left = next(kept, None)
-            pieces.extend(_joined(render(root, low, high), log_mask))
-            at = high
-            while left is not None and left[0] + left[1] <= high:
-                left = next(kept, None)
-        while left is not None:
-            whole = at <= left[0]
-            pieces.append(left if whole else _cut(left, at, left[0] + left[1]))
-            left = next(kept, None)
-        new = _merged(pieces)
-        events = diff(old, new)
-        if not events:
-            return self, []
-        return self._spliced(first_chunk, first, last_chunk, last, new), events
+    def _span(self, low: int, high: int) -> Span:
+        """The ranges that reach into [low, high) or touch it.
 
-    def _position(self, low: int) -> tuple[int, int]:
-        """Chunk and index of the first range that reaches to ``low`` or beyond."""
-        if not self._chunks:
-            return 0, 0
-        chunk = max(bisect_left(self._firsts, low) - 1, 0)
-        index = max(bisect_left(self._starts[chunk], low) - 1, 0)
-        each = self._chunks[chunk][index]
+        Those can merge with what is rendered there now, all others cannot.
+        """
+        firsts = self._firsts
+        if not firsts:
+            return 0, 0, 0, 0
+        chunk = max(bisect_left(firsts, low) - 1, 0)
+        starts = self._starts[chunk]
+        first = max(bisect_left(starts, low) - 1, 0)
+        each = self._chunks[chunk][first]
         if each[0] + each[1] < low:
-            index += 1
-            if index == len(self._chunks[chunk]):
-                return chunk + 1, 0
-        return chunk, index
+            first += 1
+        end = chunk
+        if chunk + 1 < len(firsts) and firsts[chunk + 1] <= high:
+            end = bisect_right(firsts, high) - 1
+            starts = self._starts[end]
+        return chunk, first, end, bisect_right(starts, high)
 
-    def _position_after(self, high: int) -> tuple[int, int]:
-        """Chunk and index of the first range that starts above ``high``."""
+    def _between(self, span: Span) -> list[FlatRange]:
+        chunk, first, end, last = span
+        if chunk == end:
+            return list(self._chunks[chunk][first:last]) if self._chunks else []
+        found = list(self._chunks[chunk][first:])
+        for each in self._chunks[chunk + 1 : end]:
+            found += each
+        found += self._chunks[end][:last]
+        return found
+
+    def _spliced(self, edits: list[tuple[Span, list[FlatRange]]]) -> FlatView:
+        """The view with the ranges of each span replaced; spans ascend and are apart."""
         if not self._chunks:
-            return 0, 0
-        chunk = max(bisect_right(self._firsts, high) - 1, 0)
-        index = bisect_right(self._starts[chunk], high)
-        if index == len(self._chunks[chunk]):
-            return chunk + 1, 0
-        return chunk, index
-
-    def _between(
-        self, first_chunk: int, first: int, last_chunk: int, last: int
-    ) -> Iterator[FlatRange]:
-        for chunk in range(first_chunk, min(last_chunk + 1, len(self._chunks))):
-            low = first if chunk == first_chunk else 0
-            high = last if chunk == last_chunk else None
-            yield from self._chunks[chunk][low:high]
-
-    def _spliced(
-        self, first_chunk: int, first: int, last_chunk: int, last: int, new: list[FlatRange]
-    ) -> FlatView:
-        chunks = self._chunks
-        if first_chunk == len(chunks) and chunks:
-            # Behind the last range: go on with the last chunk, not with a new one.
-            first_chunk = last_chunk = first_chunk - 1
-            first = last = len(chunks[first_chunk])
-        head = chunks[first_chunk][:first] if first else ()
-        tail = chunks[last_chunk][last:] if last else ()
-        stop = last_chunk + 1 if last else last_chunk
-        middle = (*head, *new, *tail)
-        starts = _addresses(new)
-        if first:
-            starts = self._starts[first_chunk][:first] + starts
-        if last:
-            starts += self._starts[last_chunk][last:]
-        # A chunk that became small takes its neighbour in, so that a view which
-        # shrinks does not end as many chunks of a range or two.
-        if len(middle) < _CHUNK // 4 and stop < len(chunks):
-            middle = (*middle, *chunks[stop])
-            starts = starts + self._starts[stop]
-            stop += 1
+            return FlatView([each for _, new in edits for each in new])
         view = FlatView.__new__(FlatView)
-        view._chunks = _replaced(chunks, first_chunk, stop, _chunked(middle))
-        all_starts = [starts] if len(starts) <= 2 * _CHUNK else _cut_up(starts)
-        if not starts:
-            all_starts = []
-        view._starts = _replaced(self._starts, first_chunk, stop, all_starts)
-        view._firsts = _replaced(self._firsts, first_chunk, stop, [each[0] for each in all_starts])
-        view._length = self._length - sum(map(len, chunks[first_chunk:stop])) + len(middle)
+        chunks = view._chunks = self._chunks.copy()
+        starts = view._starts = self._starts.copy()
+        firsts = view._firsts = self._firsts.copy()
+        length = self._length
+        todo = edits.copy()
+        while todo:  # the last one first, so that the places of the others stay
+            run = [todo.pop()]
+            while todo and todo[-1][0][2] == run[-1][0][0]:  # one that ends in the same chunk
+                run.append(todo.pop())
+            first_chunk, stop = run[-1][0][0], run[0][0][2] + 1
+            # The addresses are cut as the ranges are: to gather them anew takes far longer.
+            made, addresses = list(chunks[first_chunk]), starts[first_chunk][:]
+            begins = [0]  # where each chunk does
+            for each in range(first_chunk + 1, stop):
+                begins.append(len(made))
+                made += chunks[each]
+                addresses += starts[each]
+            for (chunk, first, end, last), new in run:
+                first += begins[chunk - first_chunk]
+                last += begins[end - first_chunk]
+                made[first:last] = new
+                addresses[first:last] = _addresses(new)
+                length += len(new) - (last - first)
+            # A chunk that became small takes its neighbour in, so that a view which
+            # shrinks does not end as many chunks of a range or two.
+            if len(made) < _CHUNK // 4 and stop < len(chunks):
+                made += chunks[stop]
+                addresses += starts[stop]
+                stop += 1
+            if len(made) <= 2 * _CHUNK and made:
+                chunks[first_chunk:stop] = (tuple(made),)
+                starts[first_chunk:stop] = (addresses,)
+                firsts[first_chunk:stop] = (addresses[0],)
+            else:
+                cut = _cut_up(addresses)
+                chunks[first_chunk:stop] = _cut_up(tuple(made))
+                starts[first_chunk:stop] = cut
+                firsts[first_chunk:stop] = [each[0] for each in cut]
+        view._length = length
         return view
 
     # ---- checking -----------------------------------------------------------------
@@ -395,9 +289,63 @@ class FlatView:
             previous = each
 
 
-def _cut(each: FlatRange, low: int, high: int) -> FlatRange:
-    start, _, region, offset, flags = each
-    return FlatRange(low, high - low, region, offset + low - start, flags)
+class _Source:
+    """Where windows are rendered from: a tree, or the part of it that is alone in a sight."""
+
+    __slots__ = ("_log_mask", "_root", "_sight", "_top")
+
+    def __init__(self, root: MemoryRegion, sight: Sight | None, log_mask: int) -> None:
+        self._root = root
+        self._sight = sight
+        self._top = None if sight is None else sight.top()
+        self._log_mask = log_mask
+
+    def render(self, low: int, high: int) -> list[FlatRange]:
+        sight, top = self._sight, self._top
+        if sight is None or top is None or low < sight.low or high > sight.high:
+            ranges = render(self._root, low, high)
+        else:
+            ranges = render(top, low, high, sight.top_base, sight.flags)
+        return _logged(ranges, self._log_mask)
+
+
+def _redone(
+    source: _Source, windows: list[tuple[int, int]], old: list[FlatRange]
+) -> list[FlatRange]:
+    """``old``, which is all that reaches into the windows or touches them, as it is now."""
+    for each in old:
+        if each[4] & UNMERGEABLE:
+            windows = _widened(windows, old)
+            break
+    if len(windows) == 1:
+        ((low, high),) = windows
+        if not old or (old[0][0] >= low and old[-1][0] + old[-1][1] <= high):
+            return source.render(low, high)  # as mostly: no seam
+    pieces: list[FlatRange] = []
+    at = 0  # up to here everything is in pieces
+    kept = iter(old)
+    left = next(kept, None)
+    for low, high in windows:
+        # What lies before the window, and of a range that reaches into it
+        # the part before it.
+        while left is not None and left[0] < low:
+            end = left[0] + left[1]
+            if at <= left[0] and end <= low:
+                pieces.append(left)
+            elif max(at, left[0]) < min(low, end):
+                pieces.append(part(left, max(at, left[0]), min(low, end)))
+            if end > low:
+                break
+            left = next(kept, None)
+        pieces.extend(source.render(low, high))
+        at = high
+        while left is not None and left[0] + left[1] <= high:
+            left = next(kept, None)
+    while left is not None:
+        whole = at <= left[0]
+        pieces.append(left if whole else part(left, at, left[0] + left[1]))
+        left = next(kept, None)
+    return merged(pieces)
 
 
 def _widened(windows: list[tuple[int, int]], old: list[FlatRange]) -> list[tuple[int, int]]:
@@ -415,50 +363,21 @@ def _widened(windows: list[tuple[int, int]], old: list[FlatRange]) -> list[tuple
     return _union([*windows, *touched])
 
 
-def _joined(pieces: Iterable[Piece], log_mask: int) -> list[FlatRange]:
-    """Ranges from rendered pieces in ascending order, merged by rule F6."""
-    new = tuple.__new__  # FlatRange's own constructor, without the keyword handling
-    ranges: list[FlatRange] = []
-    last: FlatRange | None = None
-    for low, high, region, base, flags in pieces:
-        if log_mask and region._kind in BACKED:
-            flags |= log_mask
-        made = new(FlatRange, (low, high - low, region, low - base, flags))
-        if last is not None and last[2] is region and mergeable(last, made):
-            made = ranges[-1] = _extended(last, made)
-        else:
-            ranges.append(made)
-        last = made
-    return ranges
+def _logged(ranges: list[FlatRange], log_mask: int) -> list[FlatRange]:
+    """The ranges with ``log_mask`` on all memory."""
+    if not log_mask:
+        return ranges
+    return [
+        each._replace(flags=each[4] | log_mask) if each[2]._kind in BACKED else each
+        for each in ranges
+    ]
 
 
-def _merged(ranges: list[FlatRange]) -> list[FlatRange]:
-    merged: list[FlatRange] = []
-    for each in ranges:
-        if merged and mergeable(merged[-1], each):
-            merged[-1] = _extended(merged[-1], each)
-        else:
-            merged.append(each)
-    return merged
-
-
-def _extended(left: FlatRange, right: FlatRange) -> FlatRange:
-    start, size, region, offset, flags = left
-    return FlatRange(start, size + right[1], region, offset, flags)
-
-
-def _chunked(items: tuple[T, ...]) -> list[tuple[T, ...]]:
-    """``items`` cut into chunks, of which none is above twice the usual size."""
-    if not items:
-        return []
+def _cut_up(items: S) -> list[S]:
+    """Items of chunks, of which none is above twice the usual size."""
     if len(items) <= 2 * _CHUNK:
-        return [items]
+        return [items] if items else []
     return [items[at : at + _CHUNK] for at in range(0, len(items), _CHUNK)]
-
-
-def _cut_up(starts: Starts) -> list[Starts]:
-    """As `_chunked`, for as many starts as ranges."""
-    return [starts[at : at + _CHUNK] for at in range(0, len(starts), _CHUNK)]
 
 
 def _addresses(ranges: Iterable[FlatRange]) -> Starts:
@@ -466,21 +385,10 @@ def _addresses(ranges: Iterable[FlatRange]) -> Starts:
     return array("Q", [each[0] for each in ranges])
 
 
-def _replaced(items: list[T], first: int, stop: int, new: list[T]) -> list[T]:
-    """A copy of ``items`` with [first, stop) replaced."""
-    copy = items.copy()
-    copy[first:stop] = new
-    return copy
-
-
 def _union(windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The windows clipped to 64 bits, in order, those that touch made one."""
-    if len(windows) == 1:
-        low, high = max(windows[0][0], 0), min(windows[0][1], LIMIT)
-        return [(low, high)] if low < high else []
-    clipped = sorted(
-        (max(low, 0), min(high, LIMIT)) for low, high in windows if low < LIMIT and high > 0
-    )
+    clipped = [(low if low > 0 else 0, high if high < LIMIT else LIMIT) for low, high in windows]
+    clipped.sort()
     union: list[tuple[int, int]] = []
     for low, high in clipped:
         if low >= high:

@@ -43,6 +43,7 @@ from memlistener.core.kinds import (
     UNMERGEABLE,
     RegionKind,
 )
+from memlistener.core.ways import Way, outdate
 from memlistener.errors import RegionError, RegionTypeError
 
 
@@ -138,11 +139,13 @@ class MemoryRegion(Identity):
         "_name",
         "_ops",
         "_owners",
+        "_passed",
         "_priority",
         "_rank",
         "_signals",
         "_size",
         "_terminates",
+        "_way",
     )
 
     def __init__(self, kind: RegionKind, name: str, size: int) -> None:
@@ -169,6 +172,8 @@ class MemoryRegion(Identity):
         self._aliases: weakref.WeakSet[MemoryRegion] | None = None
         self._looped = False  # whether an alias ever led from here back to here
         self._owners: tuple[TreeOwner, ...] = ()
+        self._way: Way | None = None  # kept by `core.ways`, as is `_passed`
+        self._passed = 0
         self._attached = NOTHING
         # The ioeventfds as of the last transaction's end: dispatch signals them.
         self._signals: tuple[IoEventFd, ...] = ()
@@ -272,6 +277,7 @@ class MemoryRegion(Identity):
         if target._aliases is None:
             target._aliases = weakref.WeakSet()
         target._aliases.add(region)
+        outdate(target)
         return region
 
     @classmethod
@@ -667,7 +673,7 @@ class MemoryRegion(Identity):
         def apply(flags: int) -> None:
             self._flags = flags
 
-        change(self, f"set_{what}", lambda: apply(new), lambda: apply(old))
+        change(self, f"set_{what}", lambda: apply(new), lambda: apply(old), flags=True)
 
     def set_log(self, log: bool, client: DirtyClient) -> None:
         """Have writes to the region logged for one client, or not (``memory_region_set_log``).
@@ -796,9 +802,11 @@ class MemoryRegion(Identity):
 
     def _attach_owner(self, owner: TreeOwner) -> None:
         self._owners += (owner,)
+        outdate(self)
 
     def _detach_owner(self, owner: TreeOwner) -> None:
         self._owners = tuple(each for each in self._owners if each is not owner)
+        outdate(self)
 
 
 def _check_region(region: object, what: str) -> None:

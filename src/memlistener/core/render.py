@@ -6,8 +6,9 @@ In two steps, which together are rules F1 to F5.
    the window, as a placement: the addresses it would cover if nothing hid it.
    They come in the order in which QEMU renders them (children before their
    parent, highest priority first), so of two that overlap the earlier shows.
-2. `render` sweeps over the placements by address and emits for each stretch
-   the earliest one that covers it.
+2. `render` sorts the placements by address. Mostly no two of them overlap, and then
+   that is the view. Else `_sweep` goes over them by address and emits for each
+   stretch the earliest one that covers it.
 
 QEMU fills gaps of the view with one region after another, each insertion moving
 what is above it: quadratic in the number of ranges. The sweep is n log n, and
@@ -19,103 +20,134 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
-from memlistener.core.change import Chain, in_chain
-from memlistener.core.kinds import INHERITED, RegionKind
+from memlistener.core.flatrange import FlatRange, merged, part
+from memlistener.core.kinds import INHERITED
+from memlistener.core.ways import Chain, in_chain
 from memlistener.errors import RegionError
 
 if TYPE_CHECKING:
     from memlistener.core.region import MemoryRegion
 
-# (low, high, region, the address of the region's offset 0, flags)
-Piece: TypeAlias = "tuple[int, int, MemoryRegion, int, int]"
-# (low, order, high, region, base, flags): sorts by address, then by order.
-Placement: TypeAlias = "tuple[int, int, int, MemoryRegion, int, int]"
 
+def render(
+    root: MemoryRegion, low: int, high: int, base: int = 0, flags: int = 0
+) -> list[FlatRange]:
+    """What shows of the tree below ``root`` in [low, high): ascending, apart, merged.
 
-def render(root: MemoryRegion, low: int, high: int) -> Iterator[Piece]:
-    """What shows of the tree below ``root`` in [low, high): ascending, apart.
+    Args:
+        root: The tree, or a part of it that shows alone in the window.
+        low: The first address.
+        high: One past the last.
+        base: The address from which ``root`` counts its own.
+        flags: What ``root`` inherits.
 
     Raises:
         RegionError: An alias shows itself.
     """
-    placements = place(root, low, high)
-    placements.sort()
-    count = len(placements)
+    placed = place(root, low, high, base, flags)
+    if len(placed) < 2:
+        return placed
+    ordered = sorted(placed, key=_start)
+    end = -1
+    touching = False
+    for each in ordered:
+        start = each[0]
+        if start <= end:
+            if start < end:
+                return merged(_sweep(placed, ordered))
+            touching = True
+        end = start + each[1]
+    return merged(ordered) if touching else ordered
+
+
+def _start(each: FlatRange) -> int:
+    return each[0]
+
+
+def _sweep(placed: list[FlatRange], ordered: list[FlatRange]) -> Iterator[FlatRange]:
+    """What shows of placements in order of precedence, which are given by address too."""
+    rank = {id(each): number for number, each in enumerate(placed)}
+    count = len(ordered)
     # Placements that cover ``at``, or did when they were pushed, earliest first.
-    covering: list[tuple[int, Placement]] = []
-    at = low
+    covering: list[tuple[int, FlatRange]] = []
+    at = 0
     index = 0
     while index < count or covering:
         if not covering:
-            placement = placements[index]
+            each = ordered[index]
             index += 1
-            if index == count or placements[index][0] >= placement[2]:
-                # Alone on its stretch, as most are.
-                start, _, end, region, base, flags = placement
-                yield start, end, region, base, flags
-                at = end
+            at = each[0]
+            if index == count or ordered[index][0] >= at + each[1]:
+                yield each  # alone on its stretch, as most are
                 continue
-            at = placement[0]
-            heappush(covering, (placement[1], placement))
-        while index < count and placements[index][0] <= at:
-            heappush(covering, (placements[index][1], placements[index]))
+            heappush(covering, (rank[id(each)], each))
+        while index < count and ordered[index][0] <= at:
+            heappush(covering, (rank[id(ordered[index])], ordered[index]))
             index += 1
         order, top = covering[0]
-        end = top[2]
+        end = top[0] + top[1]
         if end <= at:
             heappop(covering)
             continue
         # It shows up to its end, or to where an earlier one begins. A later one
         # that ends first never shows.
-        while index < count and placements[index][0] < end:
-            other = placements[index]
-            if other[1] < order:
+        while index < count and ordered[index][0] < end:
+            other = ordered[index]
+            its_order = rank[id(other)]
+            if its_order < order:
                 end = other[0]
                 break
-            if other[2] > end:
-                heappush(covering, (other[1], other))
+            if other[0] + other[1] > end:
+                heappush(covering, (its_order, other))
             index += 1
-        yield at, end, top[3], top[4], top[5]
+        yield top if at == top[0] and end == at + top[1] else part(top, at, end)
         at = end
 
 
-def place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
+def place(
+    root: MemoryRegion, low: int, high: int, base: int = 0, flags: int = 0
+) -> list[FlatRange]:
     """Every terminating region that reaches into [low, high), in rendering order.
 
     The walk keeps its own stack, since a tree may be deeper than Python's. A
     frame is a container whose children are being walked; one child after the
     other is either a leaf, listed on the spot, or pushes a frame of its own.
     """
-    out: list[Placement] = []
+    out: list[FlatRange] = []
     append = out.append
-    order = 0
-    # (children left, own placement, base, low, high, flags, the aliases on the way)
-    stack: list[tuple[Iterator[MemoryRegion], Any, int, int, int, int, Chain]] = [
-        (iter((root,)), None, 0, low, high, 0, None)
-    ]
-    while stack:
-        children, own, base, low, high, flags, via = stack.pop()
+    new = tuple.__new__  # FlatRange's own constructor, without the keyword handling
+    # What aliases have shown, and where: ways that part and meet again, as in a mirror
+    # of mirrors, double at each meeting.
+    placed: set[tuple[MemoryRegion, int, int, int]] = set()
+    # The frames that wait for a child to be done.
+    stack: list[tuple[Iterator[MemoryRegion], FlatRange | None, int, int, int, int, Chain]] = []
+    # This one: the children left, its own placement if it terminates, ..., the
+    # aliases on the way.
+    children: Iterator[MemoryRegion] = iter((root,))
+    own: FlatRange | None = None
+    via: Chain = None
+    while True:
         for child in children:
             if not child._enabled:
                 continue
             start = base + child._addr
-            end = start + child._size
+            size = child._size
+            end = start + size
             first = start if start > low else low
             last = end if end < high else high
             if first >= last:
                 continue
             if child._terminates and child._children is None:
-                append((first, order, last, child, start, flags | child._flags))
-                order += 1
+                if first is not start or last is not end:
+                    size = last - first
+                # The size that is there already: of a million ints that are all
+                # alike, one has to be fetched from memory later on.
+                append(new(FlatRange, (first, size, child, first - start, flags | child._flags)))
                 continue
-            # Not a leaf: come back to this frame when the child is done.
-            stack.append((children, own, base, low, high, flags, via))
-            inherited = flags | (child._flags & INHERITED)
-            if child._kind is RegionKind.ALIAS:
-                target = child._alias_target
-                assert target is not None
+            target = child._alias_target
+            if target is not None:
                 if in_chain(child, via):
                     raise RegionError(
                         f"{child!r} shows itself: its target {target!r} shows it again at "
@@ -123,39 +155,35 @@ def place(root: MemoryRegion, low: int, high: int) -> list[Placement]:
                         f"{last - start + child._alias_offset:#x}); move the alias, or make its "
                         f"window smaller"
                     )
-                stack.append(
-                    (
-                        iter((target,)),
-                        None,
-                        start - child._alias_offset - target._addr,
-                        first,
-                        last,
-                        inherited,
-                        (via, child),
-                    )
-                )
+                if not target._looped:
+                    # What was placed there already hides all that would come.
+                    again = (target, start - child._alias_offset, first, last)
+                    if again in placed:
+                        continue
+                    placed.add(again)
+            # Not a leaf: come back to this frame when the child is done.
+            stack.append((children, own, base, low, high, flags, via))
+            own = None
+            if target is not None:
+                children = iter((target,))
+                base = start - child._alias_offset - target._addr
+                via = (via, child)
             else:
+                if child._terminates:
+                    own = FlatRange(first, last - first, child, first - start, flags | child._flags)
                 grandchildren = child._children
-                own_placement = (
-                    (first, last, child, start, flags | child._flags) if child._terminates else None
+                children = iter(
+                    grandchildren.in_window(first - start, last - start)
+                    if grandchildren is not None
+                    else ()
                 )
-                stack.append(
-                    (
-                        iter(grandchildren.in_window(first - start, last - start))
-                        if grandchildren is not None
-                        else iter(()),
-                        own_placement,
-                        start,
-                        first,
-                        last,
-                        inherited,
-                        via,
-                    )
-                )
+                base = start
+            low, high = first, last
+            flags |= child._flags & INHERITED
             break
         else:
             if own is not None:
-                first, last, region, start, its_flags = own
-                append((first, order, last, region, start, its_flags))
-                order += 1
-    return out
+                append(own)
+            if not stack:
+                return out
+            children, own, base, low, high, flags, via = stack.pop()

@@ -15,14 +15,20 @@ if TYPE_CHECKING:
     from memlistener.core.region import MemoryRegion
 
 
-def view_root(root: MemoryRegion) -> MemoryRegion | None:
+def view_root(root: MemoryRegion, through: list[MemoryRegion] | None = None) -> MemoryRegion | None:
     """The region whose rendering equals that of ``root``; None for an empty view.
 
     Goes through an alias that covers its whole target from offset 0, and through
     a container whose only enabled child sits in it whole, at 0. Neither may
     add a flag, and addresses have to stay what they are.
+
+    Args:
+        root: Where to begin.
+        through: Gets what it went through, and came to.
     """
     while root._enabled:
+        if through is not None:
+            through.append(root)
         target = root._alias_target
         if target is not None:
             if (

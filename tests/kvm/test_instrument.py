@@ -288,7 +288,7 @@ async def traced(rig: Rig, policy: KickPolicy, transactions: int = 60) -> Trace:
             async with trio.open_nursery() as nursery:
                 for vcpu in vcpus:
                     nursery.start_soon(vcpu.run)
-                await rig.wait_inside(vm)
+                await rig.wait_inside(vm, len(vcpus))
                 await toggle(rig, device, transactions)
                 for vcpu in vcpus[:2]:
                     await rig.wait_rounds(vcpu)

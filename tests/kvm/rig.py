@@ -23,6 +23,7 @@ from memlistener.testing import (
     Exit,
     FakeKvm,
     FakeVcpu,
+    Fetch,
     GuestScript,
     In,
     Instruction,
@@ -40,6 +41,7 @@ SLOT_IOCTL = "KVM_SET_USER_MEMORY_REGION"
 _TABLES = 0x80000  # six pages, for all vCPUs
 _CODE, _DATA, _RESULTS, _STRIDE = 0x1000, 0x3000, 0x4000, 0x4000
 _COUNTER = PAGE - 8  # in the page of results
+_STACK = 0x80  # bytes, below the data
 
 # By size: mov ax, [imm64]; mov [imm64], ax; mov ax, imm; and in, out, rep ins, rep outs.
 _LOAD = {1: b"\xa0", 2: b"\x66\xa1", 4: b"\xa1", 8: b"\x48\xa1"}
@@ -127,6 +129,8 @@ class Guest:
                         code += b"\x48\xbe" + _u64(self._data_at + len(data))  # mov rsi, there
                         code += b"\x48\xb9" + _u64(count) + _OUTS[size]
                         data += value.to_bytes(size * count, "little")
+                case Fetch(addr=addr):  # which has to be a ret
+                    code += b"\x48\xb8" + _u64(addr) + b"\xff\xd0"  # call it
                 case Exit(value=Hlt()):
                     code += _HLT
                 case Spin():
@@ -139,7 +143,7 @@ class Guest:
             code += b"\xe9" + struct.pack("<i", -len(code) - 5)  # jmp to the start
         else:
             code += _HLT
-        assert len(code) <= _DATA - _CODE
+        assert len(code) <= _DATA - _CODE - _STACK
         return [(self.entry, bytes(code)), (self._data_at, bytes(data))]
 
     def results(self, ram: memoryview) -> list[int]:
@@ -214,7 +218,8 @@ class Rig:
             return
         for addr, data in guest.image():
             vcpu.write_guest_memory(addr, data)
-        x86.long_mode(vcpu, guest.entry, page_tables=_TABLES)
+        stack = guest.entry - _CODE + _DATA
+        x86.long_mode(vcpu, guest.entry, page_tables=_TABLES, stack=stack)
 
     def results(self, vcpu: Vcpu) -> list[int]:
         """What the vCPU's guest has read, in order."""

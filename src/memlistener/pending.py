@@ -258,7 +258,7 @@ class _Views:
             sight = damage.sight
             if sight is not None and not sight.holds:
                 sight = None
-            new, events = old.updated(root, damage.windows, log_mask=self._log_mask, sight=sight)
+            new, events = old._updated(root, damage.windows, self._log_mask, sight)
             self._events[id(old), id(new)] = events
         self._views[root] = new
         if new is old:

@@ -145,7 +145,6 @@ class FlatView:
         windows: Sequence[tuple[int, int]],
         *,
         log_mask: int = 0,
-        sight: Sight | None = None,
     ) -> tuple[FlatView, list[Event]]:
         """The view after a change that can show only inside ``windows``.
 
@@ -155,13 +154,29 @@ class FlatView:
             root: The tree as it is now.
             windows: [low, high) each; in any order, may overlap.
             log_mask: As for `render`.
-            sight: One that holds, of a region below ``root``: a window inside it
-                need not be rendered from the root.
 
         Returns:
             The new view and what differs, deletes first, both ascending (rule
             T5), without a word on ranges that stay. Where nothing differs the
             view is ``self``.
+        """
+        return self._updated(root, windows, log_mask, None)
+
+    def _updated(
+        self,
+        root: MemoryRegion,
+        windows: Sequence[tuple[int, int]],
+        log_mask: int,
+        sight: Sight | None,
+    ) -> tuple[FlatView, list[Event]]:
+        """As `updated`.
+
+        Args:
+            root: As there.
+            windows: As there.
+            log_mask: As there.
+            sight: One that holds, of a region below ``root``: a window inside it
+                need not be rendered from the root.
         """
         source = _Source(root, sight, log_mask)
         edits: list[tuple[Span, list[FlatRange]]] = []

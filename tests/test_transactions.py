@@ -163,7 +163,7 @@ async def test_all_views_are_rendered_before_the_first_callback(
 ) -> None:
     """T1: the first space's begin comes after the last space's view is rendered."""
     log: list[str] = []
-    rendered = FlatView.updated
+    rendered = FlatView._updated
 
     def updated(self: FlatView, root: MemoryRegion, *args: Any, **kwargs: Any) -> Any:
         log.append(f"render {root.name}")
@@ -176,7 +176,7 @@ async def test_all_views_are_rendered_before_the_first_callback(
     await machine.memory.register(Listener(), machine.space)
     await machine.memory.register(Listener(), machine.dma)
     log.clear()
-    monkeypatch.setattr(FlatView, "updated", updated)
+    monkeypatch.setattr(FlatView, "_updated", updated)
     async with machine.memory.transaction():
         machine.window.set_size(0x800)
         assert log == []

@@ -9,23 +9,19 @@ it for what is populated only, and let go before the memory does:
     class Pins(MemoryListener, RamDiscardListener):
         async def region_add(self, section):
             manager = section.region.ram_discard_manager
-            if manager is None:
-                self.pin(section)
-            else:
-                await manager.register(self, section)
+            if manager is not None:
+                await manager.register(self, section)  # calls populate for what is there
+            elif section.region.kind is RegionKind.RAM:
+                self.populate(section)
 
         async def region_del(self, section):
-            manager = section.region.ram_discard_manager
-            if manager is None:
-                self.unpin(section)
-            else:
-                await manager.unregister(self, section)
+            ...  # the same, with unregister and discard
 
         def populate(self, section):
-            self.pin(section)
+            ...  # pin it
 
         def discard(self, section):
-            self.unpin(section)
+            ...  # unpin it
 
 A change has its turn as a transaction has, and its hooks are called as a listener's
 are. So while they are, no section that somebody registered for can go.
@@ -115,9 +111,9 @@ class RamDiscardManager(Identity):
             raise RegionError(f"{region!r} is not RAM: nothing of it can be populated")
         if region.ram_discard_manager is not None:
             raise RegionError(f"{region!r} has {region.ram_discard_manager!r} already")
-        for owner, _, _ in reach(region):
+        if live := reach(region):
             raise TransactionError(
-                f"{region!r} is live in {owner!r}, whose listeners take all of it for "
+                f"{region!r} is live in {live[0][0]!r}, whose listeners take all of it for "
                 f"populated: make its RamDiscardManager before add_subregion()"
             )
         granules = PopulatedGranules(region.name, region.size, granularity)
@@ -297,8 +293,8 @@ class RamDiscardManager(Identity):
 
     def _memory(self) -> MemorySystem | None:
         """Whose transactions move the region; None where nobody can have heard of it."""
-        for each in self._registrations:
-            return each.section.address_space.memory
+        if self._registrations:
+            return self._registrations[0].section.address_space.memory
         for owner, _, _ in reach(self._region):
             if isinstance(owner, AddressSpace):
                 return owner.memory

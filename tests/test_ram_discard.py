@@ -266,13 +266,13 @@ async def test_bad_ranges(machine: Machine) -> None:
 async def test_memory_goes_after_all_were_told(machine: Machine) -> None:
     """Whoever lets go still sees its data; then it is zeros, and written for who copies it."""
     view = machine.ram.block.view
-    seen: list[int] = []
-    holder = Holder(hook=lambda _: seen.append(view[PAGE]))
+    seen: list[tuple[int, list[tuple[int, int]]]] = []
+    holder = Holder(hook=lambda _: seen.append((view[PAGE], machine.manager.populated())))
     await machine.populate(0, 1, 2)
     await machine.manager.register(holder, machine.section())
     view[: 3 * PAGE] = b"\1" * 3 * PAGE
     await machine.manager.discard(PAGE, PAGE)
-    assert seen == [0, 1]
+    assert seen == [(0, [(0, 3 * PAGE)]), (1, [(0, 3 * PAGE)])]
     assert bytes(view[: 3 * PAGE]) == b"\1" * PAGE + bytes(PAGE) + b"\1" * PAGE
     assert machine.ram.block.take_dirty(DirtyClient.MIGRATION) == [(PAGE, PAGE)]
 

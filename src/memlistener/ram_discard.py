@@ -177,8 +177,8 @@ class RamDiscardManager(Identity):
         In ascending order, and of each run those who registered earlier first. Where
         one refuses, those before it are told to discard, in reverse, and nothing has
         changed. Takes its turn with transactions; shielded from cancellation from
-        then on. The memory itself is not touched: where nobody wrote to it meanwhile
-        it is still zeros.
+        then on. The memory itself is not touched: it holds zeros after a discard, and
+        otherwise what it was made with.
 
         Args:
             offset: In the region, a multiple of the granularity.

@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import trio
 
-from memlistener import DirtyClient, MemoryRegion, RamBlock, RamDiscardManager
+from memlistener import (
+    DirtyClient,
+    MemoryRegion,
+    MemoryRegionOps,
+    MemTxAttrs,
+    RamBlock,
+    RamDiscardManager,
+)
 from memlistener.testing import Halt, Read, Write
-from tests.kvm.rig import PAGE, Rig
+from tests.kvm.rig import LONG_ENOUGH, PAGE, Rig
 
 BASE = 0x200000
 SIZE = 16 * PAGE
@@ -71,6 +78,39 @@ async def test_under_a_running_guest(rig: Rig, manager: RamDiscardManager) -> No
         assert (after.brackets, after.memslot_ioctls) == (before.brackets, before.memslot_ioctls)
         assert after.holes == after.unassigned == 0
         nursery.cancel_scope.cancel()
+
+
+async def test_b6_the_guest_asks_for_it(rig: Rig, manager: RamDiscardManager) -> None:
+    """B6: a device's handler populates and discards, while another task's transactions run."""
+
+    class Device(MemoryRegionOps):
+        async def write(self, offset: int, value: int, size: int, attrs: MemTxAttrs) -> None:
+            await (manager.populate if value else manager.discard)(PAGE, PAGE)
+
+    device = MemoryRegion.io("device", PAGE, Device())
+    window = MemoryRegion.io("window", PAGE, None)
+    window.set_enabled(False)
+    rig.system.add_subregion(BASE + SIZE, device)
+    rig.system.add_subregion_overlap(BASE + 8 * PAGE, window, 1)
+
+    async def churn() -> None:
+        while True:
+            async with rig.memory.transaction():
+                window.set_enabled(not window.enabled)
+            await trio.sleep(0)
+
+    plug, unplug = (Write(BASE + SIZE, 4, value) for value in (1, 0))
+    look, use = Read(BASE + PAGE, 4), Write(BASE + PAGE, 4, 0x600DC0DE)
+    again = Read(BASE + PAGE, 2)
+    async with rig.open() as vm, trio.open_nursery() as nursery:
+        vcpu = await rig.boot(vm, plug, use, look, unplug, again, Halt())
+        nursery.start_soon(churn)
+        with trio.fail_after(LONG_ENOUGH):
+            await vcpu.run()
+        nursery.cancel_scope.cancel()
+        assert rig.results(vcpu) == [0x600DC0DE, 0]
+        assert manager.populated() == []
+        assert vm.statistics().holes == 0
 
 
 async def test_b12_zeros_are_copied(rig: Rig, manager: RamDiscardManager) -> None:

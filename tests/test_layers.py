@@ -29,7 +29,7 @@ LAYERS = (
         "trace",
         "bracket",
     ),
-    ("address_space", "delivery", "dirty_log", "iommu", "pending", "memory", "vcpu"),
+    ("address_space", "delivery", "dirty_log", "iommu", "ram_discard", "pending", "memory", "vcpu"),
     ("", "kvm", "testing", "unicorn"),  # "": the package itself, for its public names
     ("rig",),
     ("demo", "mirror"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import mmap
 import os
@@ -409,6 +410,107 @@ class TestBehindRegions:
             RamBlock.anonymous(16, name=wrong)
         with pytest.raises(RegionTypeError, match=r"size of .* is an int"):
             RamBlock.memfd(wrong)
+
+
+class TestDiscard:
+    """Memory that goes back to the host, and reads as zeros."""
+
+    @pytest.fixture(params=["anonymous", "memfd", "file"])
+    def block(self, request: pytest.FixtureRequest, tmp_path: Path) -> RamBlock:
+        """Four pages of ones, of every kind that can be discarded."""
+        if request.param == "file":
+            (tmp_path / "image").write_bytes(bytes(5 * PAGE_SIZE))
+            block = RamBlock.file(tmp_path / "image", offset=PAGE_SIZE)
+        else:
+            block = getattr(RamBlock, request.param)(4 * PAGE_SIZE)
+        block.view[:] = b"\1" * block.size
+        return block
+
+    def test_reads_as_zeros(self, block: RamBlock) -> None:
+        """That range and no other, also through a view from before; and it can be used again."""
+        view = block.view
+        assert block.discardable
+        block.discard(PAGE_SIZE, 2 * PAGE_SIZE)
+        ones, zeros = b"\1" * PAGE_SIZE, bytes(PAGE_SIZE)
+        assert bytes(view) == ones + zeros + zeros + ones
+        view[PAGE_SIZE] = 2
+        assert block.view[PAGE_SIZE] == 2
+
+    def test_counts_as_written(self, block: RamBlock) -> None:
+        """Who copies the memory has to copy the zeros."""
+        block.discard(PAGE_SIZE, 2 * PAGE_SIZE)
+        for client in DirtyClient:
+            assert block.take_dirty(client) == [(PAGE_SIZE, 2 * PAGE_SIZE)]
+
+    def test_nothing(self, block: RamBlock) -> None:
+        """No bytes, no change; at the very end too."""
+        block.discard(0, 0)
+        block.discard(4 * PAGE_SIZE, 0)
+        assert bytes(block.view) == b"\1" * block.size
+        assert block.dirty_pages(DirtyClient.VGA) == 0
+
+    def test_gives_memory_back(self) -> None:
+        """The process has less of it afterwards: that is what it is for."""
+        block = RamBlock.anonymous(64 << 20)
+        for at in range(0, block.size, PAGE_SIZE):
+            block.view[at] = 1
+        before = resident()
+        block.discard(0, block.size)
+        assert before - resident() > 48 << 20
+
+    def test_a_file_gets_a_hole(self, tmp_path: Path) -> None:
+        """The host's disk has room again too, and nothing but the range is touched."""
+        image = tmp_path / "image"
+        image.write_bytes(b"x" * 4 * PAGE_SIZE)
+        block = RamBlock.file(image, offset=PAGE_SIZE, size=2 * PAGE_SIZE)
+        block.discard(0, PAGE_SIZE)
+        assert image.read_bytes() == b"x" * PAGE_SIZE + bytes(PAGE_SIZE) + b"x" * 2 * PAGE_SIZE
+
+    def test_what_cannot_be(self, path: Path) -> None:
+        """A caller's own memory stays; a private file's pages would be the file's again."""
+        for block in (
+            RamBlock.from_buffer(bytearray(b"mine" * PAGE_SIZE)),
+            RamBlock.from_buffer(mmap.mmap(-1, PAGE_SIZE)),
+            RamBlock.file(path, size=2 * PAGE_SIZE, shared=False),
+        ):
+            before = bytes(block.view)
+            assert not block.discardable
+            with pytest.raises(RegionError, match="use RamBlock"):
+                block.discard(0, PAGE_SIZE)
+            assert bytes(block.view) == before
+            assert block.dirty_pages(DirtyClient.VGA) == 0
+
+    @pytest.mark.parametrize(
+        ("offset", "size", "message"),
+        [
+            (1, PAGE_SIZE, "multiples of the page size"),
+            (0, 1, "multiples of the page size"),
+            (0, 5 * PAGE_SIZE, "is not within"),
+            (-PAGE_SIZE, PAGE_SIZE, "is not within"),
+            ("0", PAGE_SIZE, "is an int"),
+        ],
+    )
+    def test_bad_ranges(self, block: RamBlock, offset: Any, size: int, message: str) -> None:
+        """Whole pages within the block; nothing is changed."""
+        with pytest.raises(RegionError, match=message):
+            block.discard(offset, size)
+        assert bytes(block.view) == b"\1" * block.size
+
+    def test_the_host_refuses(self, block: RamBlock, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The error names the block and the range, and no page counts as written."""
+        monkeypatch.setattr(block, "_advice", -1)
+        where = rf"\[{PAGE_SIZE:#x}, {2 * PAGE_SIZE:#x}\) of <RamBlock"
+        with pytest.raises(OSError, match=f"cannot discard {where}") as info:
+            block.discard(PAGE_SIZE, PAGE_SIZE)
+        assert info.value.errno == errno.EINVAL
+        assert block.dirty_pages(DirtyClient.VGA) == 0
+
+    def test_closed(self) -> None:
+        """There is nothing to give back any more."""
+        block = RamBlock.anonymous(PAGE_SIZE)
+        block.close()
+        with pytest.raises(ValueError, match="closed"):
+            block.discard(0, PAGE_SIZE)
 
 
 VGA, CODE, MIGRATION = DirtyClient

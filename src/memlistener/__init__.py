@@ -13,7 +13,7 @@ instrument, trace      who watches brackets and exits; what they show in Perfett
 memory                 MemorySystem and transactions; its parts: address_space,
                        pending (what a transaction gathered), delivery (telling
                        listeners, and taking it back), dirty_log
-iommu                  notifiers of IOMMU regions
+iommu, ram_discard     notifiers of IOMMU regions; RAM that comes and goes
 vcpu                   a vCPU as a trio task and a thread of its own
 kvm, testing           KVM under it all; FakeKvm and helpers for your own tests
 cli                    the ``memlistener`` command: demo, mtree
@@ -62,6 +62,7 @@ from memlistener.iommu import (
 from memlistener.listener import ListenerPriority, MemoryListener, MemoryRegionSection
 from memlistener.memory import MemorySystem
 from memlistener.ram import RamBlock
+from memlistener.ram_discard import RamDiscardListener, RamDiscardManager
 
 __version__ = "0.1.0"
 
@@ -95,6 +96,8 @@ __all__ = [
     "MemorySystem",
     "MemslotError",
     "RamBlock",
+    "RamDiscardListener",
+    "RamDiscardManager",
     "RamInUseError",
     "RegionError",
     "RegionKind",

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import sys
 import threading
 import weakref
 from array import array
@@ -37,6 +38,12 @@ from memlistener.errors import RamInUseError, RegionError, RegionTypeError
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 PAGE_SIZE = mmap.PAGESIZE
 
+# What makes pages zeros again and frees them. That MADV_DONTNEED does so at once is
+# Linux's own; of a shared mapping the pages belong to the file, and only the other
+# takes them out of that.
+_DROP = mmap.MADV_DONTNEED if sys.platform == "linux" else None
+_PUNCH = getattr(mmap, "MADV_REMOVE", None)
+
 _CLOSED = memoryview(b"")
 _CLOSED.release()
 
@@ -50,6 +57,7 @@ class RamBlock(Identity):
 
     __slots__ = (
         "__weakref__",
+        "_advice",
         "_dirty",
         "_dirty_lock",
         "_fd",
@@ -59,12 +67,21 @@ class RamBlock(Identity):
         "_when_taken",
     )
 
-    def __init__(self, name: str, memory: Any, size: int, fd: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        memory: Any,
+        size: int,
+        fd: int | None = None,
+        *,
+        advice: int | None = None,
+    ) -> None:
         """Use the class methods instead."""
         self._name = name
         self._memory = memory
         self._size = size
         self._fd = fd
+        self._advice = advice  # that discards pages; None where nothing does
         # vCPU threads mark pages too, when a write of theirs is served in user space.
         self._dirty_lock = threading.Lock()
         self._dirty: dict[DirtyClient, DirtyBitmap] = {}  # made when a page is first marked
@@ -84,7 +101,7 @@ class RamBlock(Identity):
         """
         _check(name, size)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-        return cls(name, _map(name, -1, size, flags, 0), size)
+        return cls(name, _map(name, -1, size, flags, 0), size, advice=_DROP)
 
     @classmethod
     def memfd(cls, size: int, *, name: str = "ram") -> RamBlock:
@@ -102,7 +119,7 @@ class RamBlock(Identity):
         except BaseException:
             os.close(fd)
             raise
-        return cls(name, memory, size, fd)
+        return cls(name, memory, size, fd, advice=_PUNCH)
 
     @classmethod
     def file(
@@ -147,7 +164,9 @@ class RamBlock(Identity):
                     f"which has {there:#x} bytes"
                 )
             flags = (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE) | _NORESERVE
-            return cls(label, _map(label, fd, wanted, flags, offset, round_up=False), wanted)
+            memory = _map(label, fd, wanted, flags, offset, round_up=False)
+            # Private pages that are dropped would show the file again, and not zeros.
+            return cls(label, memory, wanted, advice=_PUNCH if shared else None)
         finally:
             os.close(fd)  # the mapping has its own reference
 
@@ -208,6 +227,53 @@ class RamBlock(Identity):
         if self._fd is None:
             raise RegionError(f"{self!r} has no file descriptor: make it with RamBlock.memfd")
         return self._fd
+
+    # ---- discarding ---------------------------------------------------------------
+
+    @property
+    def discardable(self) -> bool:
+        """Whether `discard` can do anything for this kind of memory."""
+        return self._advice is not None
+
+    def discard(self, offset: int, size: int) -> None:
+        """Give the host its memory back: it reads as zeros (``ram_block_discard_range``).
+
+        It stays mapped, and is there again when it is next touched. A guest may run
+        meanwhile. All of it counts as written (`mark_dirty`). Of a `memfd` or a
+        shared file it goes for everybody who has mapped it: a hole is punched.
+
+        Where others were told that the memory is there, use `RamDiscardManager`.
+
+        Args:
+            offset: Where to begin, in bytes; a multiple of the page size.
+            size: How many bytes, likewise.
+
+        Raises:
+            RegionError: The range is not within the block, or not of whole pages;
+                or it is a `from_buffer` block, or private to a file.
+            OSError: The host refuses: the pages are locked, or the file system knows
+                no holes.
+        """
+        self._pages(offset, size)
+        if offset % PAGE_SIZE or size % PAGE_SIZE:
+            raise RegionError(
+                f"[{offset:#x}, {offset + size:#x}) of {self!r} cannot be discarded: both ends "
+                f"have to be multiples of the page size {PAGE_SIZE:#x}"
+            )
+        if self._advice is None:
+            raise RegionError(
+                f"{self!r} cannot be discarded: use RamBlock.anonymous, RamBlock.memfd, or "
+                f"RamBlock.file with shared=True"
+            )
+        if size:
+            try:
+                self._memory.madvise(self._advice, offset, size)
+            except OSError as exc:
+                raise OSError(
+                    exc.errno,
+                    f"cannot discard [{offset:#x}, {offset + size:#x}) of {self!r}: {exc.strerror}",
+                ) from exc
+            self.mark_dirty(offset, size)
 
     # ---- dirty pages --------------------------------------------------------------
 

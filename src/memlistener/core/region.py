@@ -141,6 +141,7 @@ class MemoryRegion(Identity):
         "_owners",
         "_passed",
         "_priority",
+        "_ram_discard_manager",
         "_rank",
         "_signals",
         "_size",
@@ -179,6 +180,7 @@ class MemoryRegion(Identity):
         self._signals: tuple[IoEventFd, ...] = ()
         self._ops: Any = None
         self._iommu: Iommu | None = None
+        self._ram_discard_manager: Any = None
         self._block: Any = None
         self._export: memoryview | None = None  # keeps the block from being closed
         self._largest = size  # that a rollback may bring back
@@ -432,6 +434,11 @@ class MemoryRegion(Identity):
                 raise RegionError(f"{self._name!r} has no block: import memlistener.ram")
             _allocate(self)
         return self._block
+
+    @property
+    def ram_discard_manager(self) -> Any:
+        """The `RamDiscardManager` of RAM that is populated in parts; else None."""
+        return self._ram_discard_manager
 
     def __repr__(self) -> str:
         where = f" at {self._addr:#x}" if self._container is not None else ""

@@ -7,13 +7,15 @@ import ctypes
 import errno
 import mmap
 import random
+import threading
 
 import pytest
 import trio
 
 from memlistener import DirtyClient, KvmError, MemoryRegion, RamBlock
 from memlistener.kvm import DirtyLogMethod
-from memlistener.testing import FakeKvm
+from memlistener.kvm.slots import Memslot
+from memlistener.testing import FakeKvm, Ioctl, Write
 from tests.kvm.rig import PAGE, Rig
 from tests.kvm.test_dirty_log import (
     BASE,
@@ -252,3 +254,99 @@ async def test_b12_rings_that_overflow_again_and_again(seed: int) -> None:
                 break
         else:
             pytest.fail("pages that were not written are taken for ever")
+
+
+class TestThreads:
+    """B12: clients take on threads of their own."""
+
+    @by_method
+    async def test_copied_by_a_thread(self, rig: Rig, method: DirtyLogMethod) -> None:
+        """What another thread took and copied, under churn and while guests write, is equal."""
+        ram = MemoryRegion.ram("ram", PAGES * PAGE)
+        ram.set_unmergeable(True)
+        window = MemoryRegion.alias("window", ram, offset=0, size=PAGE)
+        rig.system.add_subregion(BASE, ram)
+        rig.system.add_subregion_overlap(BASE, window, 1)
+        copy = bytearray(PAGES * PAGE)
+        chance = random.Random(3)
+        over = threading.Event()
+
+        def follow() -> None:
+            first = 0
+            while not over.is_set():
+                first = (first + 5) % PAGES
+                for part in ((first * PAGE, PAGE), (0, None)):
+                    for offset, size in ram.block.take_dirty(MIGRATION, *part):
+                        copy[offset : offset + size] = ram.block.view[offset : offset + size]
+
+        async with rig.open(dirty_log=method) as vm, trio.open_nursery() as nursery:
+            stores = [
+                Write(BASE + page * PAGE, 4, value)
+                for value in (0x55555555, 0x12345678, 0xAAAAAAAA)
+                for page in range(PAGES)
+            ]
+            vcpu = await rig.boot(vm, *stores, loop=True)
+            nursery.start_soon(vcpu.run)
+            await rig.memory.dirty_log_start()
+            copy[:] = ram.block.view
+            async with trio.open_nursery() as copying:
+                copying.start_soon(trio.to_thread.run_sync, follow)
+                for _ in range(60):
+                    await rig.memory.dirty_log_sync()
+                    cut = chance.randrange(1, PAGES)
+                    async with rig.memory.transaction():
+                        window.set_address(BASE + cut * PAGE)
+                        window.set_alias_offset(cut * PAGE)
+                        window.set_unmergeable(chance.random() < 0.5)
+                over.set()
+            async with vm.paused():
+                await rig.memory.dirty_log_sync()
+                for offset, size in ram.block.take_dirty(MIGRATION):
+                    copy[offset : offset + size] = ram.block.view[offset : offset + size]
+                assert copy == ram.block.view
+            nursery.cancel_scope.cancel()
+
+    async def test_a_bit_comes_when_the_page_is_protected(self) -> None:
+        """Who could take a page of a ring before that would miss the next write to it."""
+        fake = FakeKvm()
+        rig, ram = rig_with_ram(fake)
+        seen: list[int] = []
+
+        def look(ioctl: Ioctl) -> None:
+            if ioctl.name == "KVM_RESET_DIRTY_RINGS":
+                seen.append(ram.block.dirty_pages(MIGRATION))
+
+        async with rig.open(dirty_log=RING) as vm:
+            vcpu = await vm.create_vcpu()
+            await rig.memory.dirty_log_start()
+            await write(rig, vcpu, BASE)
+            fake.on_ioctl = look
+            assert await written(rig, ram.block) == [0]
+        assert seen[0] == 0
+
+
+async def test_clearing_looks_at_no_other_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """log_clear of one of many ranges does not go through all slots."""
+    fake = FakeKvm()
+    rig = Rig(fake)
+    for number in range(300):
+        rig.system.add_subregion(BASE + 2 * number * PAGE, MemoryRegion.ram("small", PAGE))
+    ram = MemoryRegion.ram("ram", PAGE)
+    rig.system.add_subregion(BASE + 600 * PAGE, ram)
+    looked: list[Memslot] = []
+
+    def look(slot: Memslot) -> int:
+        looked.append(slot)
+        return slot.mapping.guest_phys_addr
+
+    async with rig.open() as vm:
+        assert len(vm.memslots) == 302
+        vcpu = await vm.create_vcpu()
+        await rig.memory.dirty_log_start()
+        await write(rig, vcpu, BASE + 600 * PAGE)
+        await rig.memory.dirty_log_sync()
+        monkeypatch.setattr(Memslot, "guest_phys_addr", property(look))
+        await rig.memory.dirty_log_clear(ram, 0, PAGE)
+        monkeypatch.undo()
+    assert [each for each in fake.log if each.name == "KVM_CLEAR_DIRTY_LOG"] != []
+    assert len(looked) < 5

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
+import trio
 
 from memlistener import (
     AddressSpace,
@@ -15,7 +16,10 @@ from memlistener import (
     ListenerError,
     MemoryListener,
     MemoryRegion,
+    MemoryRegionOps,
     MemorySystem,
+    MemTxAttrs,
+    MemTxResult,
     RegionError,
     RegionTypeError,
     TransactionError,
@@ -475,3 +479,38 @@ async def test_one_region_costs_its_own_ranges(monkeypatch: pytest.MonkeyPatch) 
     await memory.dirty_log_clear(ram, 0, 0x800)
     assert [each.region for each in looked] == [ram, ram]
     assert listener.trace == ["log_sync [0x0, 0x1000) ram+0x0", "log_clear [0x0, 0x800) ram+0x0"]
+
+
+async def test_a_write_that_logging_overtakes() -> None:
+    """B12: a write that began before anybody logged is told to who began meanwhile."""
+    memory = MemorySystem()
+    root = MemoryRegion.container("root", 0x10000)
+    ram = MemoryRegion.ram("ram", 0x4000)
+
+    class Slow(MemoryRegionOps):
+        async def write(
+            self, offset: int, value: int, size: int, attrs: MemTxAttrs
+        ) -> MemTxResult | None:
+            reached.set()
+            await go_on.wait()
+            return MemTxResult.OK
+
+    reached, go_on = trio.Event(), trio.Event()
+    root.add_subregion(0, ram)
+    root.add_subregion_overlap(0, MemoryRegion.io("slow", 0xFF8, Slow()), 1)
+    space = memory.create_address_space("space", root)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(space.write, 0xFF0, b"\1" * 0x1010)  # begins with the device's
+        await reached.wait()
+        async with memory.transaction():
+            ram.set_log(True, DirtyClient.VGA)
+        await memory.dirty_log_start()
+        go_on.set()
+    assert ram.block.take_dirty(DirtyClient.VGA) == [(0, 0x2000)]
+    assert ram.block.take_dirty(DirtyClient.MIGRATION) == [(0, 0x2000)]
+    assert ram.block.take_dirty(DirtyClient.CODE) == []
+    # And one in a view of before, on a thread that has not seen the new one.
+    before = space.view
+    await memory.dirty_log_stop()
+    await space.write_in(before, 0x3000, b"\1")
+    assert ram.block.take_dirty(DirtyClient.VGA) == [(0x3000, 0x1000)]

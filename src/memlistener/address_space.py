@@ -159,7 +159,12 @@ class AddressSpace(Identity):
         self, view: FlatView, addr: int, data: bytes, attrs: MemTxAttrs = UNSPECIFIED
     ) -> MemTxResult:
         """As `write`, in a view of this address space that the caller has."""
-        result, unassigned = await dispatch.write(view, addr, data, attrs)
+        try:
+            result, unassigned = await dispatch.write(view, addr, data, attrs)
+        finally:
+            if view is not self._view:
+                # Somebody may have begun to log meanwhile, which `view` does not know.
+                dispatch.mark_written(view, addr, len(data), self._memory._dirty_log.clients)
         if unassigned:
             self._count_unassigned(addr, len(data), "write", unassigned)
         return result

@@ -33,7 +33,8 @@ class DirtyLog:
     def __init__(self, memory: MemorySystem) -> None:
         self._memory = memory
         self.started = False
-        self.mask = 0  # for FlatView.render: what every range of memory logs
+        self.clients = 0  # who logs all memory
+        self.mask = 0  # the same for FlatView.render: what every range of memory logs
 
     def _registrations(self) -> list[Registration]:
         """All of them, in ascending priority; of equals the earlier-registered first."""
@@ -123,7 +124,8 @@ class DirtyLog:
 
     def _set(self, started: bool) -> None:
         self.started = started
-        self.mask = _GLOBAL << LOG_SHIFT if started else 0
+        self.clients = _GLOBAL if started else 0
+        self.mask = self.clients << LOG_SHIFT
         for space in self._memory._spaces:
             self._memory._pending.damage(space, 0, LIMIT)
 

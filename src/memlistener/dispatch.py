@@ -246,6 +246,22 @@ def write_memory(each: FlatRange, offset: int, data: bytes | memoryview) -> None
         block.mark_dirty(offset, len(data), clients)
 
 
+def mark_written(view: FlatView, addr: int, size: int, clients: int) -> None:
+    """Mark the memory in [addr, addr + size) for those who log it now.
+
+    Args:
+        view: Where it was written.
+        addr: First address.
+        size: Bytes.
+        clients: Who logs all memory: a mask of `DirtyClient` bits.
+    """
+    for at, length, each in _parts(view, addr, size):
+        if each is not None and writes_memory(each):
+            who = clients | each.region.dirty_log_mask
+            if who:
+                each.region.block.mark_dirty(each.offset + at - each.start, length, who)
+
+
 def _signalled(each: FlatRange, addr: int, data: bytes | memoryview) -> bool:
     """Signal the ioeventfd that a write is for, if there is one.
 

@@ -328,7 +328,8 @@ class RamBlock(Identity):
         Other clients' bits stay. `MemorySystem.dirty_log_sync` fetches what guests
         have written from the accelerators first. What the memory holds *after* this
         call is at least as new as the writes that the call returned: take, then
-        read, and a write that comes in between is returned again next time.
+        read, and a write that comes in between is returned again next time. From any
+        thread.
 
         On KVM with manual protection this is when the pages are write-protected
         again, so take what you are going to read, when you are going to read it.
@@ -354,8 +355,10 @@ class RamBlock(Identity):
         with self._dirty_lock:
             taken = self._dirty[client].take(first, end)
         try:
+            low = first * DIRTY_PAGE_SIZE
+            high = min(end * DIRTY_PAGE_SIZE, self._size)
             for callback in tuple(self._when_taken):
-                callback(offset, size)
+                callback(low, high - low)
         except BaseException:
             with self._dirty_lock:
                 self._dirty[client].merge(first & ~7, taken)
@@ -370,9 +373,9 @@ class RamBlock(Identity):
             return bitmap.count() if bitmap is not None else 0
 
     def when_taken(self, callback: Callable[[int, int], object]) -> Callable[[], None]:
-        """Call ``callback(offset, size)`` whenever a client takes bits of a range.
+        """Call ``callback(offset, size)`` whenever a client takes bits of a range of pages.
 
-        For accelerators that leave pages writable until then. Called before
+        On the client's thread. For accelerators that leave pages writable until then. Called before
         `take_dirty` returns; what it raises comes out of there, and no bit is taken.
 
         Returns:

@@ -4,13 +4,14 @@ Three ways, as `DirtyLogMethod` says; each is a class with the same few methods.
 What is common to them: bits are fetched on trio's thread, in one piece with the
 memslot ioctls that a commit makes, so that a slot's number means the same to the
 kernel and here; and what was fetched is on the block, for every client that logs
-the memory, before anything else can fail.
+the memory, whatever else fails. Bits may be taken on any thread.
 """
 
 from __future__ import annotations
 
 import enum
 import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import ClassVar, Protocol
 
@@ -50,7 +51,8 @@ class Logged:
     Attributes:
         memslot: As the kernel has it.
         block: The memory behind it.
-        offset: Of the slot's first byte in the block; a multiple of the page size.
+        offset: Of the slot's first byte in the block. No multiple of the page size
+            where the block does not begin with a page of the host's.
         clients: Who logs it: a mask of `DirtyClient` bits.
     """
 
@@ -63,6 +65,18 @@ class Logged:
     def pages(self) -> int:
         """How many it has."""
         return self.memslot.memory_size // DIRTY_PAGE_SIZE
+
+    def mark(self, first: int, bitmap: bytes | bytearray) -> None:
+        """The pages in a bitmap were written; its bit 0 is the slot's page ``first``."""
+        at = self.offset + first * DIRTY_PAGE_SIZE
+        within = at % DIRTY_PAGE_SIZE
+        self.block.merge_dirty(at - within, bitmap, self.clients)
+        if within:  # each is on two of the block's
+            self.block.merge_dirty(at - within + DIRTY_PAGE_SIZE, bitmap, self.clients)
+
+    def mark_all(self) -> None:
+        """Count all of its pages as written."""
+        self.block.mark_dirty(self.offset, self.memslot.memory_size, self.clients)
 
 
 @attrs.frozen
@@ -137,6 +151,11 @@ class DirtyBitmapLog:
     what was reported last is kept for each slot, and cleared when the first
     client takes it; a page that nobody has taken costs its guest nothing more.
 
+    Clients take on threads of their own, too. A lock keeps what was reported equal
+    to what the kernel has, and a page that another thread is clearing from being
+    taken as protected; and after `clear` of a whole slot nobody else clears in it,
+    so the slot may go.
+
     Args:
         vm: The VM's handle.
         manual: Whether to use KVM_CLEAR_DIRTY_LOG.
@@ -149,7 +168,8 @@ class DirtyBitmapLog:
     def __init__(self, vm: kernel.VmHandle, *, manual: bool) -> None:
         self.manual = manual
         self._vm = vm
-        self._reported: dict[Logged, DirtyBitmap] = {}
+        self._lock = threading.Lock()
+        self._reported: dict[RamBlock, dict[Logged, DirtyBitmap]] = {}
         self._watched: dict[RamBlock, Callable[[], None]] = {}
         self._slots: dict[RamBlock, int] = {}
         if manual:
@@ -170,8 +190,9 @@ class DirtyBitmapLog:
 
     def removed(self, logged: Logged) -> None:
         """See `DirtyLog`."""
-        self._reported.pop(logged, None)
         block = logged.block
+        with self._lock:
+            self._forget(logged)
         self._slots[block] -= 1
         if not self._slots[block]:
             del self._slots[block]
@@ -185,16 +206,21 @@ class DirtyBitmapLog:
             KvmError: The kernel refuses; names the slot. What came before is on its block.
         """
         for each in slots:
-            try:
-                bitmap = self._vm.get_dirty_log(each.memslot.slot, each.pages)
-            except OSError as error:
-                raise _explained("KVM_GET_DIRTY_LOG", each, error) from error
-            if is_empty(bitmap):
-                continue
-            each.block.merge_dirty(each.offset, bitmap, each.clients)
-            if self.manual:
-                reported = self._reported[each] = DirtyBitmap(each.pages)
-                reported.merge(0, bitmap)
+            with self._lock:
+                self._fetch(each)
+
+    def _fetch(self, logged: Logged) -> None:
+        try:
+            bitmap = self._vm.get_dirty_log(logged.memslot.slot, logged.pages)
+        except OSError as error:
+            raise _explained("KVM_GET_DIRTY_LOG", logged, error) from error
+        if is_empty(bitmap):
+            return
+        logged.mark(0, bitmap)
+        if self.manual:
+            reported = DirtyBitmap(logged.pages)
+            reported.merge(0, bitmap)
+            self._reported.setdefault(logged.block, {})[logged] = reported
 
     def clear(self, logged: Logged, first: int, end: int) -> None:
         """See `DirtyLog`.
@@ -202,32 +228,43 @@ class DirtyBitmapLog:
         Raises:
             KvmError: The kernel refuses; names the slot.
         """
-        reported = self._reported.get(logged)
-        if reported is None:
-            return
+        with self._lock:
+            reported = self._reported.get(logged.block, {}).get(logged)
+            if reported is not None:
+                self._clear(logged, reported, first, end)
+
+    def _clear(self, logged: Logged, reported: DirtyBitmap, first: int, end: int) -> None:
         bits = reported.take(first, end)
-        if not any(bits):
-            return
         # The kernel clears whole words, and up to the slot's end an odd number of pages.
         low = first & ~63
         bitmap = bytes(((first & ~7) - low) // 8) + bits
         pages = min(-(-end // 64) * 64, logged.pages) - low
         try:
-            self._vm.clear_dirty_log(
-                logged.memslot.slot, low, pages, bitmap.ljust(-(-pages // 64) * 8, b"\0")
-            )
+            if not is_empty(bits):
+                self._vm.clear_dirty_log(
+                    logged.memslot.slot, low, pages, bitmap.ljust(-(-pages // 64) * 8, b"\0")
+                )
         except OSError as error:
             reported.merge(first & ~7, bits)
             raise _explained("KVM_CLEAR_DIRTY_LOG", logged, error) from error
+        if first == 0 and end == logged.pages:
+            self._forget(logged)  # there is nothing left in it
 
     def _taken(self, block: RamBlock, offset: int, size: int) -> None:
-        """Somebody took the bits of a part of a block."""
-        for each in tuple(self._reported):
-            if each.block is block:
-                low = max(offset, each.offset) - each.offset
-                high = min(offset + size, each.offset + each.memslot.memory_size) - each.offset
-                if low < high:
-                    self.clear(each, low // DIRTY_PAGE_SIZE, -(-high // DIRTY_PAGE_SIZE))
+        """Somebody took the bits of a part of a block: of whole pages."""
+        with self._lock:
+            reported = tuple(self._reported.get(block, ()))
+        for each in reported:
+            low = max(offset, each.offset) - each.offset
+            high = min(offset + size, each.offset + each.memslot.memory_size) - each.offset
+            if low < high:
+                self.clear(each, low // DIRTY_PAGE_SIZE, -(-high // DIRTY_PAGE_SIZE))
+
+    def _forget(self, logged: Logged) -> None:
+        """What was reported of a slot; with the lock held."""
+        slots = self._reported.get(logged.block, {})
+        if slots.pop(logged, None) is not None and not slots:
+            del self._reported[logged.block]
 
     def full(self, vcpu: kernel.VcpuHandle) -> None:
         """See `DirtyLog`: there are no rings."""
@@ -249,7 +286,8 @@ class DirtyBitmapLog:
         for undo in self._watched.values():
             undo()
         self._watched.clear()
-        self._reported.clear()
+        with self._lock:
+            self._reported.clear()
 
 
 @attrs.define(eq=False)
@@ -284,6 +322,11 @@ class DirtyRingLog:
     are protected anew (`overflowed` asks for `recover`), and the place is
     found again, by giving back what lies between.
 
+    An entry's page is protected when the entry has been given back, and only then
+    is its bit on the block for good: who takes it before that would miss the next
+    write. Where the kernel does not take entries back, their pages are on the block,
+    and again when it has.
+
     Args:
         vm: The VM's handle; it has no vCPU yet.
         entries: How many each ring has: a power of two.
@@ -301,6 +344,8 @@ class DirtyRingLog:
         self._entries = entries
         self._rings: dict[kernel.VcpuHandle, _Ring] = {}
         self._logged: dict[int, Logged] = {}
+        self._collected: list[tuple[int, int]] = []  # and not given back
+        self._owed = 0  # how many entries that is, with those that were skipped
         self._protect: list[Callable[[], object]] = []
         for cap in (kernel.CAP_DIRTY_LOG_RING_ACQ_REL, kernel.CAP_DIRTY_LOG_RING):
             most = vm.check_extension(cap)
@@ -337,16 +382,13 @@ class DirtyRingLog:
             KvmError: The kernel refuses to take the entries back; the bits are on
                 their blocks.
         """
-        found: list[tuple[int, int]] = []
-        skipped = 0
         for ring in self._rings.values():
-            entries = self._collect(ring)
-            if ring.astray and not entries:
-                skipped += ring.vcpu.skip_dirty_gfns()
-                entries = self._collect(ring)
-            found += entries
-        self._mark(found)
-        self._give_back(len(found) + skipped)
+            self._collect(ring)
+        try:
+            self._give_back()
+        finally:
+            self._mark()
+        self._collected.clear()
 
     def full(self, vcpu: kernel.VcpuHandle) -> None:
         """A vCPU has left the guest since its ring is full: as `fetch`.
@@ -354,48 +396,62 @@ class DirtyRingLog:
         Raises:
             KvmError: As for `fetch`.
         """
-        ring = self._rings[vcpu]
-        entries = self._collect(ring)
-        skipped = 0
-        if not entries and ring.astray:
+        ring = self._rings.get(vcpu)
+        if ring is None:
+            return  # it was closed meanwhile, and its ring emptied
+        if not self._collect(ring) and ring.astray:
             ring.fulls += 1
             if ring.fulls > 1:
                 # Full again, and nobody has found anything in it meanwhile: the kernel is
                 # further ahead of us than it lets a vCPU write. A quarter of the ring is
                 # less than that, wherever it draws the line.
-                skipped = vcpu.skip_dirty_gfns(self._entries // 4)
-        self._mark(entries)
-        self._give_back(len(entries) + skipped)
+                self._owed += vcpu.skip_dirty_gfns(self._entries // 4)
         self.fetch()
 
-    def _collect(self, ring: _Ring) -> list[tuple[int, int]]:
-        entries = ring.vcpu.collect_dirty_gfns()
-        if entries:
-            ring.fulls = 0
-        if len(entries) == self._entries:
-            self._overflow()
-        return entries
+    def _collect(self, ring: _Ring) -> bool:
+        """Take all that is in a ring; whether there was anything."""
+        before = len(self._collected)
+        while True:
+            entries = ring.vcpu.collect_dirty_gfns()
+            self._collected += entries
+            self._owed += len(entries)
+            if entries:
+                ring.fulls = 0
+            if len(entries) == self._entries:
+                self._overflow()
+            # Where we may be astray, what we have found may not be all: the kernel's
+            # entries can begin behind our place and end before it.
+            skipped = ring.vcpu.skip_dirty_gfns() if ring.astray else 0
+            self._owed += skipped
+            if not skipped:
+                return len(self._collected) > before
 
-    def _mark(self, found: list[tuple[int, int]]) -> None:
-        pages: dict[Logged, DirtyBitmap] = {}
-        for slot, page in found:
+    def _mark(self) -> None:
+        """Bring what was collected onto the blocks."""
+        found: dict[Logged, list[int]] = {}
+        for slot, page in self._collected:
             logged = self._logged.get(slot)
             if logged is None or page >= logged.pages:
                 continue  # of a slot whose log went off: it was fetched before that
-            bitmap = pages.get(logged)
-            if bitmap is None:
-                bitmap = pages[logged] = DirtyBitmap(logged.pages)
-            bitmap.mark(page, page + 1)
-        for logged, bitmap in pages.items():
-            logged.block.merge_dirty(logged.offset, bitmap.take(0, logged.pages), logged.clients)
+            found.setdefault(logged, []).append(page)
+        for logged, pages in found.items():
+            first = min(pages)  # the rest of a large slot costs nothing
+            bitmap = DirtyBitmap(max(pages) + 1 - first)
+            for page in pages:
+                bitmap.mark(page - first, page - first + 1)
+            logged.mark(first, bitmap.take(0, bitmap.pages))
 
-    def _give_back(self, count: int) -> None:
-        while count:
-            done = self._vm.reset_dirty_rings()  # fewer, where a signal came in between
-            if not done:
-                self._overflow()  # the first is written again already
+    def _give_back(self) -> None:
+        while self._owed:
+            # Fewer, or none at all, where a signal is pending.
+            done = self._vm.reset_dirty_rings() or self._vm.reset_dirty_rings()
+            if not 0 < done <= self._owed:
+                # The first is written again already; or there were some behind a gap
+                # that was not known.
+                self._overflow()
+                self._owed = 0
                 return
-            count -= done
+            self._owed -= done
 
     def _overflow(self) -> None:
         self.overflowed = True
@@ -414,14 +470,14 @@ class DirtyRingLog:
             KvmError: The kernel refuses; `overflowed` stays, and the next fetch is to
                 try again.
         """
+        self._mark_all()  # first: to protect them may fail half way
         for protect in self._protect:
             protect()
-        self._mark_all()
+        self.overflowed = False
 
     def _mark_all(self) -> None:
         for each in self._logged.values():
-            each.block.mark_dirty(each.offset, each.memslot.memory_size, each.clients)
-        self.overflowed = False
+            each.mark_all()
 
     def clear(self, logged: Logged, first: int, end: int) -> None:
         """See `DirtyLog`: done when the ring was emptied."""
@@ -433,8 +489,10 @@ class DirtyRingLog:
     def remove_vcpu(self, handle: kernel.VcpuHandle) -> None:
         """See `DirtyLog`."""
         if handle in self._rings:
-            self.fetch()
-            del self._rings[handle]
+            try:
+                self.fetch()
+            finally:
+                del self._rings[handle]
 
     def close(self) -> None:
         """See `DirtyLog`."""

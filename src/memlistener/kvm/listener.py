@@ -24,6 +24,7 @@ import time
 from collections.abc import Awaitable, Iterable
 
 import attrs
+import trio
 
 from memlistener.address_space import AddressSpace
 from memlistener.bracket import Gate
@@ -207,7 +208,8 @@ class KvmMemoryListener(MemoryListener):
             self.dirty_log.clear(logged, 0, logged.pages)
         self._make(ops)
         for logged in self._reassigned_logs():
-            logged.clients = self._clients[logged.memslot.mapping]
+            if self._is_others(logged):
+                self._follow(SlotOp(logged.memslot, logged.memslot))
         for each in self._removed:
             del self._pins[each]
             self._clients.pop(each, None)
@@ -230,6 +232,7 @@ class KvmMemoryListener(MemoryListener):
                 what = DirtyLogsOf(tuple(each.memslot for each in ending))
                 tell(self.dirty_log.ioctl, what, began, time.perf_counter_ns(), number)
 
+    @trio.lowlevel.enable_ki_protection
     async def empty_rings(self, full: kernel.VcpuHandle | None = None) -> None:
         """Fetch what is in the dirty rings.
 
@@ -251,10 +254,21 @@ class KvmMemoryListener(MemoryListener):
 
     def _log_anew(self) -> None:
         """Turn the log of each slot that has one off and on: all its pages are protected."""
-        logging = [each.memslot for each in self._logged.values()]
-        for slot in logging:
+        for logged in tuple(self._logged.values()):
+            slot = logged.memslot
             off = SlotOp(slot, Memslot(slot.slot, attrs.evolve(slot.mapping, flags=0)))
-            self._make([off, off.inverse])
+            try:
+                self._make([off, off.inverse])
+            except BaseException:
+                if self._torn is not None:  # no transaction need notice: see that nobody runs
+                    self._gate.hold_nowait("broken")
+                raise
+            finally:
+                # In the middle of a commit it is not yet for those who are to log it.
+                again = self._logged.get(slot.slot)
+                if again is not None:
+                    again.block, again.offset = logged.block, logged.offset
+                    again.clients = logged.clients
 
     def _ending(self, ops: Iterable[SlotOp]) -> list[Logged]:
         """The logs whose bits would be lost, or become somebody else's (rule B12)."""
@@ -264,9 +278,18 @@ class KvmMemoryListener(MemoryListener):
             if op.slot in self._logged and not (op.kind == "FLAGS_ONLY" and _logs(op.new))
         }
         for each in self._reassigned_logs():
-            if each.clients != self._clients[each.memslot.mapping]:
+            if self._is_others(each):
                 found[each.memslot.slot] = each
         return list(found.values())
+
+    def _is_others(self, logged: Logged) -> bool:
+        """Whether the slot is to log for other clients, or is other memory at the same place."""
+        backing = self._pins[logged.memslot.mapping]
+        return (logged.block, logged.offset, logged.clients) != (
+            backing.block,
+            backing.offset,
+            self._clients[logged.memslot.mapping],
+        )
 
     def _reassigned_logs(self) -> list[Logged]:
         return [each for mapping in self._reassigned for each in self._logged_at(mapping)]
@@ -318,10 +341,11 @@ class KvmMemoryListener(MemoryListener):
     def log_clear(self, section: MemoryRegionSection) -> None:
         """The section's bits were taken: a write to its pages counts again."""
         start, end = section.offset_within_address_space, section.end
-        for each in self._logged.values():
-            base = each.memslot.guest_phys_addr
-            low, high = max(start - base, 0), min(end - base, each.memslot.memory_size)
-            if low < high:
+        whole = section.address_space.view.lookup(start)  # of which the section may be a part
+        for mapping in () if whole is None else self._mapped.get(whole.start, ()):
+            base = mapping.guest_phys_addr
+            low, high = max(start - base, 0), min(end - base, mapping.memory_size)
+            for each in self._logged_at(mapping) if low < high else ():
                 self.dirty_log.clear(each, low // DIRTY_PAGE_SIZE, -(-high // DIRTY_PAGE_SIZE))
 
     def release(self) -> None:
@@ -341,18 +365,25 @@ class KvmMemoryListener(MemoryListener):
     def detach(self, space: AddressSpace) -> None:
         """The VM closes: hear nothing any more. The slots go with its descriptor.
 
-        What its guests wrote last is brought home first.
+        What its guests wrote last is brought home first. Nobody can ask for it again, so
+        a slot whose bits cannot be had counts as written, all of it.
 
         Raises:
             KvmError: The kernel does not give the dirty bits.
         """
         self._closing = True
         space.memory.forget(self, space)
-        try:
-            self.dirty_log.fetch(self._logged.values())
-        finally:
-            self._logged.clear()
-            self._pins.clear()
+        failed: list[OSError] = []
+        for each in self._logged.values():
+            try:
+                self.dirty_log.fetch([each])
+            except OSError as error:
+                each.mark_all()
+                failed.append(error)
+        self._logged.clear()
+        self._pins.clear()
+        if failed:
+            raise failed[0]
 
     # ---- sections -> mappings -----------------------------------------------------------
 
@@ -450,18 +481,16 @@ class KvmMemoryListener(MemoryListener):
         self._follow(op)
 
     def _follow(self, op: SlotOp) -> None:
-        """The kernel has changed a slot: its log began, ended or moved."""
+        """The kernel has changed a slot: its log began, ended, moved or is somebody else's."""
         logged = self._logged.pop(op.slot, None)
-        if logged is not None and not _logs(op.new):
+        if logged is not None:
             self.dirty_log.removed(logged)
-        elif op.new is not None and _logs(op.new):
-            if logged is None:
-                backing = self._pins[op.new.mapping]
-                clients = self._clients[op.new.mapping]
-                logged = Logged(op.new, backing.block, backing.offset, clients)
-                self.dirty_log.added(logged)
-            logged.memslot = op.new
+        if op.new is not None and _logs(op.new):
+            backing = self._pins[op.new.mapping]
+            clients = self._clients[op.new.mapping]
+            logged = Logged(op.new, backing.block, backing.offset, clients)
             self._logged[op.slot] = logged
+            self.dirty_log.added(logged)
 
     def _explained(self, op: SlotOp, error: OSError) -> MemslotError:
         number = error.errno or errno.EIO

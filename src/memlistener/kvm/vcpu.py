@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
+import trio
 
 from memlistener import dispatch
 from memlistener.errors import KvmError
@@ -400,9 +401,9 @@ class Vcpu:
             readonly_memory=readonly_memory,
             ring_full=ring_full,
         )
+        self._runner = VcpuRunner(f"vcpu {vcpu_id}", self._kvm_run, gate)
         if log is not None:
             log.add_vcpu(handle)
-        self._runner = VcpuRunner(f"vcpu {vcpu_id}", self._kvm_run, gate)
         self._regs = Regs(self)
         self._sregs = Sregs(self)
 
@@ -493,6 +494,7 @@ class Vcpu:
         """
         self._space.load(addr, data)
 
+    @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
         """Stop the vCPU, end its thread and close its descriptor. Idempotent."""
         await self._runner.aclose()

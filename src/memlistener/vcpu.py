@@ -195,6 +195,11 @@ class VcpuRunner:
                 f"with trio.from_thread.run_sync"
             )
         if self._working and not (self._gate.quiet and self._gate.arrives(self._pass)):
+            if self._gate.torn:
+                raise VcpuBusyError(
+                    f"{what} while {self.name} waits for a memory system that is broken: "
+                    f"cancel its run() first"
+                )
             raise VcpuBusyError(
                 f"{what} while {self.name} runs: do it inside 'async with vm.paused()', cancel "
                 f"its run() first, or do it in a handler of its own access, where registers can "
@@ -215,9 +220,13 @@ class VcpuRunner:
     def _settle_now(self, what: str, changes: bool) -> None:
         outcome = self._settle(abandon=changes)
         if not self._backend.settled(abandon=changes):
+            why = (
+                "the memory system is broken: it cannot be finished"
+                if self._gate.torn
+                else "a transaction is being committed: do it afterwards"
+            )
             raise VcpuBusyError(
-                f"{what} while {self.name} is in the middle of an instruction, and a transaction "
-                f"is being committed: do it afterwards"
+                f"{what} while {self.name} is in the middle of an instruction, and {why}"
             )
         if not changes:
             self._keep(outcome)

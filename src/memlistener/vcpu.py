@@ -123,6 +123,12 @@ class _Raised:
     error: BaseException
 
 
+@trio.lowlevel.disable_ki_protection
+async def _call(pending: Serve) -> object:
+    """Serve it. What it calls is the user's: Ctrl-C is for that as it is anywhere."""
+    return await pending.call()
+
+
 _STOPPED = object()
 _ENDED = object()
 
@@ -263,6 +269,7 @@ class VcpuRunner:
         else:
             self._outcome = outcome
 
+    @trio.lowlevel.enable_ki_protection  # or Ctrl-C could come between taking and keeping
     async def run(self) -> Any:
         """Run the guest until it exits for good; the exit is returned.
 
@@ -307,7 +314,7 @@ class VcpuRunner:
         self._serving = True
         began = 0 if self._gate.instruments.served is None else time.perf_counter_ns()
         try:
-            ended = await pending.call()
+            ended = await _call(pending)
         finally:
             self._serving = False
         self._pending = None

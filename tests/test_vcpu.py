@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from types import FrameType
 
 import pytest
 import trio
@@ -607,3 +611,52 @@ async def test_what_is_served_may_end_the_run(make: Make) -> None:
     _, runner = make(Serve(goes_on), Serve(ends), "out")
     assert await runner.run() == "ended"
     assert await runner.run() == "out"
+
+
+class Interrupt:
+    """Sends Ctrl-C before the n-th line of the runner's own code in its task."""
+
+    CODE = (VcpuRunner.run.__code__, VcpuRunner._serve.__code__)
+
+    def __init__(self, nth: int) -> None:
+        self.left = nth
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Interrupt:
+        if frame.f_code in self.CODE and event == "line":
+            self.left -= 1
+            if self.left == 0:
+                signal.raise_signal(signal.SIGINT)
+        return self
+
+
+def test_ctrl_c_anywhere() -> None:
+    """Nothing is lost by Ctrl-C either: neither an access nor how the run ends."""
+    for nth in range(1, 200):
+        interrupt = Interrupt(nth)
+        assert trio.run(_run_interrupted, interrupt) == (1, ["end"])
+        if interrupt.left > 0:
+            break
+    assert nth > 20
+
+
+async def _run_interrupted(interrupt: Interrupt) -> tuple[int, list[object]]:
+    served = 0
+    ended: list[object] = []
+
+    async def serve() -> None:
+        nonlocal served
+        served += 1
+
+    runner = VcpuRunner("toy", Toy(Serve(serve)), Gate())
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.settrace(interrupt)
+        try:
+            ended.append(await runner.run())
+        finally:
+            sys.settrace(None)
+    with contextlib.suppress(KeyboardInterrupt):
+        await trio.lowlevel.checkpoint()
+    if not ended:
+        ended.append(await runner.run())
+    await runner.aclose()
+    return served, ended

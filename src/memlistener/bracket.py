@@ -301,6 +301,11 @@ class Gate:
         return self._changes > 0
 
     @property
+    def torn(self) -> bool:
+        """Whether it is held for good, as far as anybody knows: see `hold_nowait`."""
+        return self._torn
+
+    @property
     def quiet(self) -> bool:
         """Whether it is paused and nobody changes anything: a time to look at vCPUs."""
         return self._pauses > 0 and not self._changes

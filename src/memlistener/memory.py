@@ -98,9 +98,18 @@ class MemorySystem(Identity):
         return self._broken
 
     @property
+    def waits_for_us(self) -> bool:
+        """Whether no transaction can begin before the current task has done something.
+
+        It has one open, or is registering a listener; or the task that has or is waits
+        in a nursery for this one.
+        """
+        return self._owned() or self._owner_waits()
+
+    @property
     def delivers_to_us(self) -> bool:
         """Whether the current task is in a listener's hook, or one that a hook waits for."""
-        return self._delivering and (self._owned() or self._hook_waits())
+        return self._delivering and self.waits_for_us
 
     def create_address_space(
         self, name: str, root: MemoryRegion, *, unassigned_raises: bool = False
@@ -236,7 +245,7 @@ class MemorySystem(Identity):
         if self._owned():
             where = "a listener's hook" if self._delivering else "an open transaction"
             raise TransactionError(f"{what} inside {where} of the same task")
-        if self._delivering and self._hook_waits():
+        if self._delivering and self._owner_waits():
             raise TransactionError(
                 f"{what} in a task that a listener's hook started and waits for: it would wait "
                 f"for the hook to end, and the hook for it"
@@ -253,7 +262,7 @@ class MemorySystem(Identity):
             self._release()
             raise
 
-    def _hook_waits(self) -> bool:
+    def _owner_waits(self) -> bool:
         """Whether the current task is in a nursery that the owner of the lock has to wait for."""
         task = trio.lowlevel.current_task()
         while (nursery := task.parent_nursery) is not None:

@@ -123,6 +123,12 @@ class _Raised:
     error: BaseException
 
 
+@trio.lowlevel.disable_ki_protection
+async def _call(pending: Serve) -> object:
+    """Serve it. What it calls is the user's: Ctrl-C is for that as it is anywhere."""
+    return await pending.call()
+
+
 _STOPPED = object()
 _ENDED = object()
 
@@ -195,6 +201,11 @@ class VcpuRunner:
                 f"with trio.from_thread.run_sync"
             )
         if self._working and not (self._gate.quiet and self._gate.arrives(self._pass)):
+            if self._gate.torn:
+                raise VcpuBusyError(
+                    f"{what} while {self.name} waits for a memory system that is broken: "
+                    f"cancel its run() first"
+                )
             raise VcpuBusyError(
                 f"{what} while {self.name} runs: do it inside 'async with vm.paused()', cancel "
                 f"its run() first, or do it in a handler of its own access, where registers can "
@@ -215,9 +226,13 @@ class VcpuRunner:
     def _settle_now(self, what: str, changes: bool) -> None:
         outcome = self._settle(abandon=changes)
         if not self._backend.settled(abandon=changes):
+            why = (
+                "the memory system is broken: it cannot be finished"
+                if self._gate.torn
+                else "a transaction is being committed: do it afterwards"
+            )
             raise VcpuBusyError(
-                f"{what} while {self.name} is in the middle of an instruction, and a transaction "
-                f"is being committed: do it afterwards"
+                f"{what} while {self.name} is in the middle of an instruction, and {why}"
             )
         if not changes:
             self._keep(outcome)
@@ -254,6 +269,7 @@ class VcpuRunner:
         else:
             self._outcome = outcome
 
+    @trio.lowlevel.enable_ki_protection  # or Ctrl-C could come between taking and keeping
     async def run(self) -> Any:
         """Run the guest until it exits for good; the exit is returned.
 
@@ -298,7 +314,7 @@ class VcpuRunner:
         self._serving = True
         began = 0 if self._gate.instruments.served is None else time.perf_counter_ns()
         try:
-            ended = await pending.call()
+            ended = await _call(pending)
         finally:
             self._serving = False
         self._pending = None

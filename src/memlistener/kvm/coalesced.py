@@ -237,6 +237,25 @@ class Coalesced:
                 self._waiting -= 1
         await self._serve_all()
 
+    async def drain_at_end(self) -> None:
+        """Serve all writes, behind one that raises, too: nobody will be back for them.
+
+        Raises:
+            Exception: What a handler raised; several in an `ExceptionGroup`.
+        """
+        errors: list[Exception] = []
+        while True:
+            try:
+                await self.drain()
+                break
+            except Exception as error:
+                errors.append(error)
+                self._served()
+        if len(errors) > 1:
+            raise ExceptionGroup("several coalesced writes could not be served", errors)
+        if errors:
+            raise errors[0]
+
     @trio.lowlevel.enable_ki_protection
     async def drain_before_change(self) -> None:
         """The map may be about to change: serve all writes, or bind them to it as it is.

@@ -118,7 +118,7 @@ class KickIoctls:
     def resume(self) -> None:
         """The gate is about to open."""
         with self._mutex:
-            if not self._wanted:
+            if not self._wanted or self._closing:
                 return
             self._wanted = False
             self._ended_at = time.monotonic()
@@ -129,7 +129,7 @@ class KickIoctls:
     def stray(self) -> None:
         """A vCPU was kicked out though the gate is open: a kick came late."""
         with self._mutex:
-            if self._wanted or not self._take_flag():
+            if self._wanted or self._closing or not self._take_flag():
                 return
         self._resume()
 

@@ -358,6 +358,9 @@ class KvmMemoryListener(MemoryListener):
     async def _hold(self) -> None:
         if not self._holding:  # after a failed commit they still are
             await self._gate.hold(self._name)
+            if self._closing:  # meanwhile: nobody might tell us of an end
+                self._gate.release()
+                return
             self._stopped_at = time.perf_counter_ns()
             self._holding = True
             self.brackets += 1
@@ -366,13 +369,15 @@ class KvmMemoryListener(MemoryListener):
         """The VM closes: hear nothing any more. The slots go with its descriptor.
 
         What its guests wrote last is brought home first. Nobody can ask for it again, so
-        a slot whose bits cannot be had counts as written, all of it.
+        a slot whose bits cannot be had counts as written, all of it. A bracket that another
+        task's commit has begun ends here, since the end of that commit may not be told us.
 
         Raises:
             KvmError: The kernel does not give the dirty bits.
         """
         self._closing = True
         space.memory.forget(self, space)
+        self.release()
         failed: list[OSError] = []
         for each in self._logged.values():
             try:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from memlistener.kvm.coalesced import Coalesced
     from memlistener.kvm.dirty_log import DirtyLog
 
+_ACCESSES = frozenset({kernel.EXIT_MMIO, kernel.EXIT_IO})
+
 
 class Exits:
     """Counts what one vCPU's exits were. Written by one thread at a time."""
@@ -100,7 +102,7 @@ class KvmRun:
         self._name = name
         self._readonly_memory = readonly_memory
         self._seen: FlatView | None = None
-        # The last exit was an access; it was served, of which KVM does not know yet.
+        # The last exit was an access that KVM has yet to complete; and it was served.
         self._unfinished = self._served = False
         self._errno = 0
         # What the last exit was: what the handle's mmio() or io() returned, or the result.
@@ -180,19 +182,19 @@ class KvmRun:
         if self._errno:
             error, self._errno = self._errno, 0
             raise KvmError(error, f"KVM_RUN of {self._name}: {os.strerror(error)}")
+        reason = self._handle.exit_reason
+        # Whoever serves it, and whenever: until then KVM waits to complete it.
+        self._unfinished = reason in _ACCESSES
         if self._coalesced.active and not drained:
             try:
                 if not self._coalesced.drain_here():
                     return Serve(self._drain_and_handle())
             except BaseException as error:
                 return Failed(error, Serve(self._drain_and_handle()))
-        reason = self._handle.exit_reason
         seen, self._seen = self._seen, None
         if reason == kernel.EXIT_MMIO:
-            self._unfinished = True
             return self._mmio(seen)
         if reason == kernel.EXIT_IO:
-            self._unfinished = True
             return self._pio()
         if reason == kernel.EXIT_DIRTY_RING_FULL and self._ring_full is not None:
             self.exits.by_reason["DirtyRingFull"] += 1
@@ -402,7 +404,7 @@ class Vcpu:
             ring_full=ring_full,
         )
         self._runner = VcpuRunner(f"vcpu {vcpu_id}", self._kvm_run, gate)
-        if log is not None:
+        if log is not None:  # after what can fail: nobody would take it back
             log.add_vcpu(handle)
         self._regs = Regs(self)
         self._sregs = Sregs(self)

@@ -196,17 +196,18 @@ class Vm:
         Raises:
             Exception: Whatever a device's ops raised. The write stays, and those
                 behind it, for the next exit, transaction or flush.
-            TransactionError: Inside a transaction of the same task: a handler may be
-                waiting for it to end. Its beginning served what there was.
+            TransactionError: Inside a transaction of the same task, or of one that waits
+                for it: a handler may be waiting for its end. Its beginning served what
+                there was.
             trio.ClosedResourceError: The VM is closed.
         """
         await trio.lowlevel.checkpoint()
         if self._closed:
             raise trio.ClosedResourceError("the VM is closed")
-        if self._space.memory._owned():
+        if self._space.memory.waits_for_us:
             raise TransactionError(
-                "flush_coalesced() inside a transaction of the same task: a handler may be "
-                "waiting for it to end; flush before it, or after"
+                "flush_coalesced() inside a transaction of the same task, or of one that waits for "
+                "this one: a handler may be waiting for it to end; flush before it, or after"
             )
         await self._coalesced.drain()
 
@@ -261,7 +262,8 @@ async def open_vm(
     both address spaces are the kernel's to see to, as far as it can.
 
     Coalesced writes that are left when the block ends without an error are
-    served then, behind the vCPUs' last exits.
+    served then, behind the vCPUs' last exits. What their handlers raise leaves the
+    block when all have been served.
 
     Args:
         space: The guest's physical memory.
@@ -342,7 +344,7 @@ async def open_vm(
         # Nothing that the guest wrote is lost. Not where the block raised: that may
         # have been a handler of the very write.
         await vm._close()
-        await coalesced.drain()
+        await coalesced.drain_at_end()
 
 
 def _open() -> kernel.KvmBackend:

@@ -21,7 +21,14 @@ from typing import Any
 
 import trio
 
-from memlistener import EventFd, Instrument, MemoryRegion, MemoryRegionOps, MemTxAttrs
+from memlistener import (
+    EventFd,
+    Instrument,
+    MemoryListener,
+    MemoryRegion,
+    MemoryRegionOps,
+    MemTxAttrs,
+)
 from memlistener.errors import MemslotError, TransactionError, VcpuBusyError
 from memlistener.kvm import Hlt, KickPolicy, Vcpu, Vm
 from memlistener.testing import Instruction, Read, Write
@@ -78,6 +85,29 @@ class Raises(Instrument):
         self.exit("", "", None, 0, 0)
 
 
+class Slow(MemoryListener):
+    """Others get their turn in the middle of a commit, and now and then it fails there."""
+
+    def __init__(self, stress: Stress, priority: int) -> None:
+        self.stress = stress
+        self.priority = priority
+        self.armed = False
+
+    async def begin(self) -> None:
+        await self._take_long()
+
+    async def commit(self) -> None:
+        await self._take_long()
+
+    async def _take_long(self) -> None:
+        what = 1.0 if self.stress.calm else self.stress.random.random()
+        if what < 0.1:
+            await trio.sleep(what * 0.01)
+        elif self.armed and what < 0.6:
+            self.armed = False  # undoing has to succeed
+            raise Refused
+
+
 class Stress:
     """One such machine.
 
@@ -116,6 +146,7 @@ class Stress:
         self.policy = self.random.choice(
             [KickPolicy.EVERY_COMMIT, KickPolicy.EVERY_COMMIT, KickPolicy.ON_OVERLAP]
         )
+        self.slow = [Slow(self, 5), Slow(self, 50)]
         self.vm: Vm
         self.vcpus: list[Vcpu] = []
         self.closing: set[int] = set()
@@ -198,8 +229,19 @@ class Stress:
                 raise Refused
             if what < 0.2:
                 await trio.sleep(self.random.random() * 0.001)
-            elif what < 0.3 and self.rig.fake is not None and not self.rig.fake.pending_failures():
-                self.rig.fake.fail("KVM_SET_USER_MEMORY_REGION")
+            self.fail_once(what)
+
+    def fail_once(self, what: float) -> None:
+        """Let one thing go wrong at most: where undoing fails, that is another test's."""
+        for each in self.slow:
+            each.armed = False
+        fake = self.rig.fake
+        if fake is not None and fake.pending_failures():
+            return
+        if 0.2 < what < 0.3:
+            self.random.choice(self.slow).armed = True
+        elif 0.3 < what < 0.4 and fake is not None:
+            fake.fail("KVM_SET_USER_MEMORY_REGION")
 
     async def pause(self) -> None:
         """Where nothing is to move."""
@@ -285,6 +327,7 @@ class Stress:
         """Until all has happened; then stop, and see that all can go on."""
         with EventFd() as self.doorbell, trio.fail_after(LONG_ENOUGH):
             async with self.rig.open(self.policy) as self.vm:
+                await self.listen()
                 async with trio.open_nursery() as self.nursery:
                     await self.come()
                     await self.come()
@@ -299,6 +342,10 @@ class Stress:
                 assert statistics.unassigned == 0
             self.check()
 
+    async def listen(self) -> None:
+        for each in self.slow:
+            await self.rig.memory.register(each, self.rig.space)
+
     async def play_and_close(self) -> None:
         """The same, but the VM closes when a third has happened."""
         self.closes = True
@@ -306,6 +353,7 @@ class Stress:
             async with trio.open_nursery() as self.nursery:
                 try:
                     async with self.rig.open(self.policy) as self.vm:
+                        await self.listen()
                         await self.come()
                         await self.come()
                         for _ in range(2):

@@ -20,7 +20,7 @@ from memlistener import (
     VcpuBusyError,
 )
 from memlistener.kvm import DirtyLogMethod, Hlt, Vcpu, Vm
-from memlistener.testing import FakeKvm, Read, Spin, Write
+from memlistener.testing import FakeKvm, Instruction, Read, Spin, Write
 from tests.kvm.rig import LONG_ENOUGH, Rig, until
 
 DEVICE = 0x10000000
@@ -218,6 +218,12 @@ async def test_t13_registers_of_a_torn_machine() -> None:
     rig.system.add_subregion(DEVICE, window)
     other.set_enabled(False)
     rig.system.add_subregion_overlap(DEVICE, other, 1)
+
+    async def change() -> None:
+        async with rig.memory.transaction():
+            window.set_enabled(False)
+            other.set_enabled(True)
+
     async with rig.open() as vm:
         vcpu = await rig.boot(vm, Spin())
         with trio.fail_after(LONG_ENOUGH):
@@ -227,11 +233,9 @@ async def test_t13_registers_of_a_torn_machine() -> None:
                 for nth in (2, 3):
                     fake.fail("KVM_SET_USER_MEMORY_REGION", nth=nth, errno=errno.ENOMEM)
                 with pytest.raises(BrokenMemoryError):
-                    async with rig.memory.transaction():
-                        window.set_enabled(False)
-                        other.set_enabled(True)
+                    await change()
                 async with vm.paused():
-                    with pytest.raises(VcpuBusyError, match="broken.* cancel its run"):
+                    with pytest.raises(VcpuBusyError, match=r"broken.* cancel its run"):
                         _ = vcpu.regs.rip
                 nursery.cancel_scope.cancel()
         assert vcpu.regs.rip == 0xFFF0
@@ -247,16 +251,25 @@ async def test_k6_a_handler_that_raises_at_the_end(rig: Rig) -> None:
     add(rig, ops)
     add(rig, other, OTHER)
     ops.raising = True
-    with pytest.raises(ZeroDivisionError):
+
+    async def run(*last: Instruction) -> None:
+        rig.low.block.view[FLAG] = 0
         async with rig.open() as vm:
             vcpu = await rig.boot(
-                vm, Write(DEVICE, 4, 1), Write(OTHER, 4, 2), Write(FLAG, 1, 1), Spin()
+                vm, Write(DEVICE, 4, 1), Write(OTHER, 4, 2), *last, Write(FLAG, 1, 1), Spin()
             )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(vcpu.run)
                 await until(lambda: rig.low.block.view[FLAG] == 1)
                 nursery.cancel_scope.cancel()
+
+    with pytest.raises(ZeroDivisionError):
+        await run()
     assert (ops.seen, other.seen) == ([], [2])
+    with pytest.raises(ExceptionGroup) as group:
+        await run(Write(DEVICE, 4, 3))
+    assert [str(each) for each in group.value.exceptions] == ["1", "3"]
+    assert (ops.seen, other.seen) == ([], [2, 2])
 
 
 async def test_a_vcpu_whose_thread_does_not_start_is_forgotten(

@@ -13,10 +13,11 @@ import pytest
 import trio
 
 from memlistener import DirtyClient, KvmError, MemoryRegion, RamBlock
-from memlistener.kvm import DirtyLogMethod
+from memlistener.kvm import DirtyLogMethod, KvmMemoryListener, Vcpu
+from memlistener.kvm import backend as kernel
 from memlistener.kvm.slots import Memslot
-from memlistener.testing import FakeKvm, Ioctl, Write
-from tests.kvm.rig import PAGE, Rig
+from memlistener.testing import FakeKvm, Halt, Ioctl, Write
+from tests.kvm.rig import LONG_ENOUGH, PAGE, Rig
 from tests.kvm.test_dirty_log import (
     BASE,
     MIGRATION,
@@ -350,3 +351,109 @@ async def test_clearing_looks_at_no_other_slot(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.undo()
     assert [each for each in fake.log if each.name == "KVM_CLEAR_DIRTY_LOG"] != []
     assert len(looked) < 5
+
+
+class TestFullRing:
+    """B12: a vCPU is out because its ring is full, and then something else happens to it."""
+
+    PAGES = 1500
+
+    async def _fill(self, rig: Rig, ram: MemoryRegion, vcpu: Vcpu) -> None:
+        """Write all pages; the first attempt to empty the ring fails."""
+        assert rig.fake is not None
+        addresses = [ram.addr + page * PAGE for page in range(self.PAGES)]
+        rig.load(vcpu, *(Write(addr, 1, 0x5A) for addr in addresses), Halt())
+        rig.fake.fail("KVM_RESET_DIRTY_RINGS", errno=errno.ENOMEM)
+        with pytest.raises(KvmError, match="KVM_RESET_DIRTY_RINGS"):
+            await vcpu.run()
+
+    @pytest.mark.parametrize("then", ["run", "close", "pause", "commit", "set"])
+    async def test_b12_emptying_fails_and_then(self, then: str) -> None:
+        """The pages are known, the vCPU goes on, and what it writes is, too."""
+        rig = Rig(FakeKvm(log_limit=0))
+        ram = MemoryRegion.ram("ram", self.PAGES * PAGE)
+        rig.system.add_subregion(BASE * 4, ram)
+        async with rig.open(dirty_log=RING, dirty_ring_entries=1024) as vm:
+            vcpu, other = await vm.create_vcpu(), await vm.create_vcpu()
+            await rig.memory.dirty_log_start()
+            await self._fill(rig, ram, vcpu)
+            early = taken(ram.block)  # of which no write would be seen now
+            assert early
+            match then:
+                case "close":
+                    await vcpu.aclose()
+                    vcpu = other
+                case "pause":
+                    async with vm.paused():
+                        await rig.memory.dirty_log_sync()
+                        assert set(early) <= set(taken(ram.block))
+                case "commit":
+                    async with rig.memory.transaction():
+                        ram.set_log(True, VGA)
+                case "set":
+                    vcpu.regs.rip = 0x1000
+            if then != "close":
+                await vcpu.run()
+                assert set(early) | set(await written(rig, ram.block)) == set(range(self.PAGES))
+            await rig.memory.dirty_log_sync()
+            ram.block.take_dirty(MIGRATION)
+            await write(rig, vcpu, *(ram.addr + page * PAGE for page in range(self.PAGES)))
+            assert await written(rig, ram.block) == list(range(self.PAGES))
+            assert vm.statistics().dirty_ring_overflows == 0
+
+    async def test_b12_another_task_commits(self, rig: Rig) -> None:
+        """Rings fill again and again while slots move; a copy ends equal, and nobody waits."""
+        pages = 1200
+        ram = MemoryRegion.ram("ram", pages * PAGE)
+        rig.system.add_subregion(BASE * 4, ram)
+        copy = bytearray(ram.size)
+        async with rig.open(dirty_log=RING, dirty_ring_entries=1024) as vm:
+            vcpu = await vm.create_vcpu()
+            await rig.memory.dirty_log_start()
+            copy[:] = ram.block.view
+
+            async def commit() -> None:
+                while True:
+                    for unmergeable in (True, False):
+                        async with rig.memory.transaction():
+                            ram.set_unmergeable(unmergeable)
+                    await rig.memory.dirty_log_sync()
+                    for offset, size in ram.block.take_dirty(MIGRATION):
+                        copy[offset : offset + size] = ram.block.view[offset : offset + size]
+                    await trio.sleep(0.002)
+
+            with trio.fail_after(LONG_ENOUGH):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(commit)
+                    for number in range(3):
+                        for first in range(0, pages, 200):  # so many fit into a page of code
+                            some = range(first, first + 200)
+                            rig.load(
+                                vcpu,
+                                *(Write(BASE * 4 + page * PAGE, 1, number + 1) for page in some),
+                                Halt(),
+                            )
+                            await vcpu.run()
+                    nursery.cancel_scope.cancel()
+        for offset, size in ram.block.take_dirty(MIGRATION):
+            copy[offset : offset + size] = ram.block.view[offset : offset + size]
+        assert copy == ram.block.view
+
+
+@by_method
+async def test_t8_registered_anew(method: DirtyLogMethod) -> None:
+    """T8: a listener that missed the end of memory-wide logging logs no memory of later."""
+    rig, ram = rig_with_ram(FakeKvm())
+    async with rig.open(dirty_log=method) as vm:
+        vcpu = await vm.create_vcpu()
+        listener = next(each for each in rig.space.listeners if isinstance(each, KvmMemoryListener))
+        await rig.memory.dirty_log_start()
+        await write(rig, vcpu, BASE)
+        await rig.memory.unregister(listener)
+        assert taken(ram.block) == [0]
+        await rig.memory.dirty_log_stop()
+        await rig.memory.register(listener, rig.space)
+        assert not any(each.flags & kernel.MEM_LOG_DIRTY_PAGES for each in vm.memslots)
+        await rig.memory.dirty_log_start()
+        await write(rig, vcpu, BASE + PAGE)
+        assert await written(rig, ram.block) == [1]

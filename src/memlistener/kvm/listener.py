@@ -28,7 +28,7 @@ import trio
 
 from memlistener.address_space import AddressSpace
 from memlistener.bracket import Gate
-from memlistener.core.dirty import DIRTY_PAGE_SIZE, DirtyClient
+from memlistener.core.dirty import DIRTY_PAGE_SIZE
 from memlistener.core.kinds import RegionKind
 from memlistener.errors import KvmError, MemslotError
 from memlistener.histogram import Histogram
@@ -97,7 +97,6 @@ class KvmMemoryListener(MemoryListener):
         self._table = SlotTable(limit, as_id)
         self.dirty_log = dirty_log or DirtyBitmapLog(vm, manual=False)
         self.dirty_log.when_overflowed(self._log_anew)
-        self._logs_all = False  # memory-wide logging is on
         self._clients: dict[Mapping, int] = {}  # who is to log which mapping
         self._reassigned: dict[Mapping, None] = {}  # that stay, and log for others
         self._logged: dict[int, Logged] = {}  # slot -> its log, as the kernel has it
@@ -152,8 +151,10 @@ class KvmMemoryListener(MemoryListener):
         return any(each.guest_phys_addr < end and start < each.end for each in self._removed)
 
     def _add(self, section: MemoryRegionSection) -> None:
-        # Which no log_start would say of a range that is new (rule T6).
-        clients = section.region.dirty_log_mask | (_MIGRATION if self._logs_all else 0)
+        # Which no log_start would say of a range that is new (rule T6). Nor is
+        # log_global_stop said to who is not registered then (T8), so it is asked.
+        memory = section.address_space.memory
+        clients = section.region.dirty_log_mask | memory._dirty_log.clients
         mappings = self._mappings(section, clients)
         self._mapped[section.offset_within_address_space] = [each for each, _ in mappings]
         for each, backing in mappings:
@@ -302,14 +303,6 @@ class KvmMemoryListener(MemoryListener):
         return [self._logged[slot.slot]]
 
     # ---- dirty logging ----------------------------------------------------------------
-
-    def log_global_start(self) -> None:
-        """All memory that comes from now on is logged; for what there is, log_start comes."""
-        self._logs_all = True
-
-    def log_global_stop(self) -> None:
-        """As before `log_global_start`."""
-        self._logs_all = False
 
     def log_start(self, section: MemoryRegionSection, old: int, new: int) -> None:
         """Queue that the section's mappings log, for the clients in ``new``."""
@@ -527,9 +520,6 @@ class KvmBitmapMemoryListener(KvmMemoryListener):
         """Fetch the bitmaps of the section's slots."""
         mappings = self._mapped.get(section.offset_within_address_space, ())
         self.dirty_log.fetch(each for one in mappings for each in self._logged_at(one))
-
-
-_MIGRATION = 1 << DirtyClient.MIGRATION
 
 
 def _logs(slot: Memslot | None) -> bool:

@@ -93,14 +93,16 @@ def test_as_the_extension(steps: list[tuple[str, int]], place: int) -> None:
 def test_full_with_some_room_left() -> None:
     """64 entries before its end a ring counts as full; taking entries back makes room."""
     ring = DirtyRing(ENTRIES, noticed_late=False)
+    full: list[bool] = []
     for page in range(ENTRIES - 65):
         ring.push(0, page)
-    assert not ring.full
+    full.append(ring.full)
     ring.push(0, ENTRIES)
-    assert ring.full
+    full.append(ring.full)
     assert len(ring.collect()) == ENTRIES - 64
-    assert ring.full
+    full.append(ring.full)
     protected: list[int] = []
     assert ring.reset(lambda slot, page: protected.append(page)) == ENTRIES - 64
     assert protected == [*range(ENTRIES - 65), ENTRIES]
-    assert not ring.full
+    full.append(ring.full)
+    assert full == [False, True, True, False]

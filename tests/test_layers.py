@@ -51,7 +51,6 @@ NOT_MIRRORED = {
     "core/mtree_sections",
     "core/mtree_settle",
     "core/mtree_views",
-    "testing/fake_dirty_ring",
     "testing/fake_ioctls",  # the parts of testing/fake_kvm
     "testing/fake_registers",
     "testing/guest_script",

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from memlistener import DirtyClient, KvmError, MemoryRegion, RamBlock
-from memlistener.kvm import DirtyLogMethod, KvmMemoryListener, Vcpu
+from memlistener.kvm import DirtyLogMethod, KickPolicy, KvmMemoryListener, Vcpu
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.slots import Memslot
 from memlistener.testing import FakeKvm, Halt, Ioctl, Write
@@ -457,3 +457,30 @@ async def test_t8_registered_anew(method: DirtyLogMethod) -> None:
         await rig.memory.dirty_log_start()
         await write(rig, vcpu, BASE + PAGE)
         assert await written(rig, ram.block) == [1]
+
+
+async def test_the_vm_closes_while_a_commit_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B12: closing fetches; the commit that waited for vCPUs then asks nothing of what is gone."""
+    rig, ram = rig_with_ram(FakeKvm())
+    waiting, closed = trio.Event(), trio.Event()
+
+    async def hold(listener: KvmMemoryListener) -> None:
+        waiting.set()
+        await closed.wait()
+
+    async def change() -> None:
+        async with rig.memory.transaction():
+            ram.set_address(BASE + 1000 * PAGE)
+
+    async with trio.open_nursery() as nursery:
+        async with rig.open(KickPolicy.ON_OVERLAP, dirty_log=DirtyLogMethod.BITMAP) as vm:
+            vcpu = await vm.create_vcpu()
+            await rig.memory.dirty_log_start()
+            await write(rig, vcpu, BASE + PAGE)
+            monkeypatch.setattr(KvmMemoryListener, "_hold", hold)
+            nursery.start_soon(change)
+            await waiting.wait()
+        closed.set()
+    assert ram.addr == BASE + 1000 * PAGE
+    assert rig.memory.broken is None
+    assert taken(ram.block) == [1]

@@ -247,6 +247,11 @@ struct dirty_gfn {
 #define DIRTY_GFN_DIRTY 1u
 #define DIRTY_GFN_RESET 2u
 
+static int is_dirty(const struct dirty_gfn *gfns, uint32_t entries, uint32_t at)
+{
+    return __atomic_load_n(&gfns[at % entries].flags, __ATOMIC_ACQUIRE) == DIRTY_GFN_DIRTY;
+}
+
 /*
  * Take what the kernel has put into a vCPU's ring: slot and page of each entry
  * into found, which has room for all. The flag is what hands an entry over, in
@@ -260,7 +265,7 @@ static uint32_t ml_collect_dirty_gfns(void *ring, uint32_t entries, uint32_t *ne
 
     for (; n < entries; n++) {
         struct dirty_gfn *gfn = &gfns[*next % entries];
-        if (__atomic_load_n(&gfn->flags, __ATOMIC_ACQUIRE) != DIRTY_GFN_DIRTY)
+        if (!is_dirty(gfns, entries, *next))
             break;
         found[2 * n] = gfn->slot;
         found[2 * n + 1] = gfn->offset;
@@ -282,14 +287,14 @@ static uint32_t ml_skip_dirty_gfns(void *ring, uint32_t entries, uint32_t *next,
     struct dirty_gfn *gfns = ring;
     uint32_t n = 0;
 
-    while (n < entries &&
-           __atomic_load_n(&gfns[(*next + n) % entries].flags, __ATOMIC_ACQUIRE) != DIRTY_GFN_DIRTY)
+    while (n < entries && !is_dirty(gfns, entries, *next + n))
         n++;
     if (n == entries)
         n = none;
-    /* Written meanwhile, and the one that was found is the one after it? */
-    if (__atomic_load_n(&gfns[*next % entries].flags, __ATOMIC_ACQUIRE) == DIRTY_GFN_DIRTY)
-        return 0;
+    /* A vCPU that is running may have written some after we had passed them. It writes
+       in order, so they are just before the one that was found. */
+    while (n > 0 && is_dirty(gfns, entries, *next + n - 1))
+        n--;
     for (uint32_t i = 0; i < n; i++)
         __atomic_store_n(&gfns[(*next)++ % entries].flags, DIRTY_GFN_RESET, __ATOMIC_RELEASE);
     return n;

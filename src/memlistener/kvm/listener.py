@@ -198,11 +198,15 @@ class KvmMemoryListener(MemoryListener):
         ending = self._ending(ops)
         if self._policy is KickPolicy.ON_OVERLAP and (ending or tears(ops)):
             await self._hold()
-        if ending:
+        if ending and not self._is_closing():
             self._fetch(ending)
             if self.dirty_log.overflowed:
                 await self._hold()  # the policy may be to do without
-                self.dirty_log.recover()
+                if not self._is_closing():
+                    self.dirty_log.recover()
+        if self._is_closing():  # the VM has, while we waited for its vCPUs
+            self.release()
+            return
         for logged in ending:
             # Under manual protection, what nobody has taken would be reported again:
             # to clients to come, too.
@@ -218,6 +222,10 @@ class KvmMemoryListener(MemoryListener):
         self._added.clear()
         self._reassigned.clear()
         self.release()
+
+    def _is_closing(self) -> bool:
+        """Asked again after an await."""
+        return self._closing
 
     def _fetch(self, ending: list[Logged]) -> None:
         tell = self._gate.instruments.ioctl

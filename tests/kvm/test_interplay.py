@@ -241,6 +241,64 @@ async def test_t13_registers_of_a_torn_machine() -> None:
         assert vcpu.regs.rip == 0xFFF0
 
 
+async def test_t13_coalesced_writes_of_a_torn_machine() -> None:
+    """T13, K6: a pause does not wait for what never ends, and what was written is not lost."""
+    fake = FakeKvm()
+    rig = Rig(fake)
+    ops = Device()
+    add(rig, ops)
+    window, other = MemoryRegion.ram("window", 0x1000), MemoryRegion.ram("other", 0x1000)
+    other.set_enabled(False)
+    rig.system.add_subregion(OTHER, window)
+    rig.system.add_subregion_overlap(OTHER, other, 1)
+
+    async def tear() -> None:
+        async with rig.memory.transaction():
+            await until(lambda: rig.low.block.view[FLAG] == 1)  # behind its beginning
+            for nth in (2, 3):
+                fake.fail("KVM_SET_USER_MEMORY_REGION", nth=nth, errno=errno.ENOMEM)
+            window.set_enabled(False)
+            other.set_enabled(True)
+
+    with trio.fail_after(LONG_ENOUGH):
+        async with rig.open() as vm:
+            vcpu = await rig.boot(vm, Spin(1), Write(DEVICE, 4, 7), Write(FLAG, 1, 1), Spin())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(vcpu.run)
+                await rig.wait_inside(vm)
+                async with vm.paused():
+                    pass  # the kick that ends the first Spin
+                with pytest.raises(BrokenMemoryError):
+                    await tear()
+                assert ops.seen == []
+                async with vm.paused():
+                    await vm.flush_coalesced()
+                    assert ops.seen == [7]
+                nursery.cancel_scope.cancel()
+
+
+async def test_b13_two_machines_and_a_zone_that_goes() -> None:
+    """K6, B13: the writes in either ring are for the map that their guest saw."""
+    fake = FakeKvm()
+    rig = Rig(fake)
+    ops = Device()
+    region = add(rig, ops)
+    with trio.fail_after(LONG_ENOUGH):
+        async with rig.open() as one, rig.open() as two, trio.open_nursery() as nursery:
+            for number, vm in enumerate((one, two)):
+                vcpu = await vm.create_vcpu()
+                fake.vms[number].vcpus[0].load(
+                    [Write(DEVICE, 4, number), Write(FLAG + number, 1, 1), Spin()]
+                )
+                nursery.start_soon(vcpu.run)
+            async with rig.memory.transaction():
+                await until(lambda: bytes(rig.low.block.view[FLAG : FLAG + 2]) == b"\1\1")
+                rig.system.del_subregion(region)
+            assert sorted(ops.seen) == [0, 1]
+            assert [vm.coalesced_zones for vm in fake.vms] == [(), ()]
+            nursery.cancel_scope.cancel()
+
+
 # ---- the end ----------------------------------------------------------------------------------
 
 

@@ -174,10 +174,10 @@ class Coalesced:
         except BaseException:
             with self._mutex:
                 del self._registered[zone]
-                self._settle()
+                self._update_active()
             raise
 
-    def _settle(self) -> None:
+    def _update_active(self) -> None:
         """With the mutex held: see whether an exit still has to look."""
         self.active = bool(self._registered or self._queue or self._vm.coalesced_pending())
 
@@ -320,7 +320,7 @@ class Coalesced:
 
     def _end_turn(self) -> None:
         with self._mutex:
-            self._settle()
+            self._update_active()
         self._turn.release()
         if self._waiting:
             with contextlib.suppress(trio.RunFinishedError):

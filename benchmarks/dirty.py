@@ -20,7 +20,8 @@ from memlistener import DirtyClient, RamBlock, kvm
 from memlistener.core.dirty import DIRTY_PAGE_SIZE
 from memlistener.kvm import bindings
 from memlistener.kvm.backend import MEM_LOG_DIRTY_PAGES
-from memlistener.kvm.dirty_log import DirtyBitmapLog, Logged
+from memlistener.kvm.dirty_bitmap import DirtyBitmapLog
+from memlistener.kvm.dirty_log import Logged
 from memlistener.kvm.slots import Mapping, Memslot
 
 _GIB = 1 << 30

@@ -84,10 +84,10 @@ def demo(settings: Settings) -> list[Figure]:
         ),
         *(
             Figure(
-                what=f"{what}, last less first",
+                what=f"growth of {what}",
                 unit=unit,
                 n=n,
-                median=(getattr(settled[-1], name) - getattr(settled[0], name)) / scale,
+                median=max(getattr(settled[-1], name) - getattr(settled[0], name), 0) / scale,
                 bar=bar,
                 note=f"{what}: {getattr(settled[0], name) / scale:,.0f} at first",
             )

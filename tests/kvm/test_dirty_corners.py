@@ -17,8 +17,7 @@ from memlistener.kvm import DirtyLogMethod, KickPolicy, KvmMemoryListener, Vcpu
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.slots import Memslot
 from memlistener.testing import FakeKvm, Halt, Ioctl, Write
-from tests.kvm.rig import LONG_ENOUGH, PAGE, Rig
-from tests.kvm.test_dirty_log import (
+from tests.kvm.dirty import (
     BASE,
     MIGRATION,
     PAGES,
@@ -28,6 +27,7 @@ from tests.kvm.test_dirty_log import (
     write,
     written,
 )
+from tests.kvm.rig import LONG_ENOUGH, PAGE, Rig
 
 RING = DirtyLogMethod.RING
 

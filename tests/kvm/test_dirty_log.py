@@ -17,18 +17,23 @@ from hypothesis import strategies as st
 from memlistener import (
     DirtyClient,
     KvmError,
-    KvmUnavailableError,
     MemoryRegion,
-    RamBlock,
 )
-from memlistener.kvm import DirtyLogMethod, KickPolicy, Vcpu
+from memlistener.kvm import DirtyLogMethod, KickPolicy
 from memlistener.kvm import backend as kernel
-from memlistener.testing import FakeKvm, Halt, Write
+from memlistener.testing import FakeKvm, Write
+from tests.kvm.dirty import (
+    BASE,
+    CODE,
+    MIGRATION,
+    PAGES,
+    VGA,
+    sixteen_pages,
+    taken,
+    write,
+    written,
+)
 from tests.kvm.rig import PAGE, SLOT_IOCTL, Rig
-
-VGA, CODE, MIGRATION = DirtyClient
-BASE = 0x200000
-PAGES = 16
 
 by_method = pytest.mark.parametrize("method", DirtyLogMethod, ids=lambda each: each.value)
 
@@ -36,30 +41,7 @@ by_method = pytest.mark.parametrize("method", DirtyLogMethod, ids=lambda each: e
 @pytest.fixture
 def ram(rig: Rig) -> MemoryRegion:
     """Sixteen pages that a test moves about."""
-    ram = MemoryRegion.ram("ram", PAGES * PAGE)
-    rig.system.add_subregion(BASE, ram)
-    return ram
-
-
-async def write(rig: Rig, vcpu: Vcpu, *addresses: int) -> None:
-    """Have the guest write a byte at each address."""
-    rig.load(vcpu, *(Write(addr, 1, 0x5A) for addr in addresses), Halt())
-    await vcpu.run()
-
-
-async def written(rig: Rig, block: RamBlock, client: DirtyClient = MIGRATION) -> list[int]:
-    """Fetch and take: the numbers of the pages."""
-    await rig.memory.dirty_log_sync()
-    return taken(block, client)
-
-
-def taken(block: RamBlock, client: DirtyClient = MIGRATION) -> list[int]:
-    """Take without fetching: the numbers of the pages."""
-    return [
-        page
-        for offset, size in block.take_dirty(client)
-        for page in range(offset // PAGE, (offset + size) // PAGE)
-    ]
+    return sixteen_pages(rig)
 
 
 @by_method
@@ -270,133 +252,6 @@ async def test_only_what_is_asked_for(rig: Rig, ram: MemoryRegion) -> None:
         assert taken(ram.block) == [0]
 
 
-async def test_manual_protection(rig: Rig, ram: MemoryRegion) -> None:
-    """KVM_CLEAR_DIRTY_LOG: pages are protected when they are taken, and only those."""
-    async with rig.open(dirty_log=DirtyLogMethod.MANUAL_PROTECT) as vm:
-        vcpu = await vm.create_vcpu()
-        await rig.memory.dirty_log_start()
-        await write(rig, vcpu, *(BASE + page * PAGE for page in range(PAGES)))
-        await rig.memory.dirty_log_sync()
-        assert ram.block.take_dirty(MIGRATION, 3 * PAGE, 2 * PAGE) == [(3 * PAGE, 2 * PAGE)]
-        if rig.fake is not None:
-            asked = [each for each in rig.fake.log if each.name == "KVM_CLEAR_DIRTY_LOG"]
-            assert [each.args["bitmap"] for each in asked] == [(3 << 3).to_bytes(8, "little")]
-        await write(rig, vcpu, BASE + 3 * PAGE)
-        assert await written(rig, ram.block) == [page for page in range(PAGES) if page != 4]
-        # A client that did not take them yet still has its bits; they need no clearing again.
-        await write(rig, vcpu, BASE + 4 * PAGE)
-        await rig.memory.dirty_log_sync()
-        await rig.memory.dirty_log_clear(ram, 0, PAGES * PAGE)
-        await write(rig, vcpu, BASE + 6 * PAGE)
-        assert await written(rig, ram.block) == [4, 6]
-
-
-async def test_manual_protection_is_not_everywhere() -> None:
-    """Where the kernel does not offer it, KVM_GET_DIRTY_LOG protects."""
-    fake = FakeKvm(capabilities={kernel.CAP_MANUAL_DIRTY_LOG_PROTECT2: 0})
-    rig = Rig(fake)
-    async with rig.open(dirty_log=DirtyLogMethod.MANUAL_PROTECT) as vm:
-        vcpu = await vm.create_vcpu()
-        await rig.memory.dirty_log_start()
-        await write(rig, vcpu, 0x9000)
-        assert 9 in await written(rig, rig.low.block)
-    assert not [each for each in fake.log if each.name == "KVM_CLEAR_DIRTY_LOG"]
-
-
-class TestRing:
-    """The dirty ring."""
-
-    async def test_b12_full(self, rig: Rig) -> None:
-        """B12: a vCPU whose ring is full goes on when it has been emptied."""
-        pages = 5000
-        ram = MemoryRegion.ram("ram", pages * PAGE)
-        rig.system.add_subregion(BASE * 4, ram)
-        async with rig.open(dirty_log=DirtyLogMethod.RING, dirty_ring_entries=1024) as vm:
-            vcpu = await vm.create_vcpu()
-            await rig.memory.dirty_log_start()
-            for first in range(0, pages, 200):  # so many fit into a page of code
-                await write(
-                    rig, vcpu, *(BASE * 4 + page * PAGE for page in range(first, first + 200))
-                )
-            assert vcpu.statistics().exits["DirtyRingFull"] > 1
-            assert set(await written(rig, ram.block)) == set(range(pages))
-
-    async def test_b12_overflow(self) -> None:
-        """B12: of a ring that is noticed to be full too late, no page is lost; it works again."""
-        pages = 3000
-        ram = MemoryRegion.ram("ram", pages * PAGE)
-        rig = Rig(FakeKvm(dirty_rings_overflow=True, log_limit=0))
-        rig.system.add_subregion(BASE * 4, ram)
-        async with rig.open(dirty_log=DirtyLogMethod.RING, dirty_ring_entries=1024) as vm:
-            vcpu = await vm.create_vcpu()
-            await rig.memory.dirty_log_start()
-            for count in (900, 1024, 1025, 3000, 1980, 2047, 2048, 5, 963, 959):
-                wrote = range(pages)[:count]
-                for _ in range(3):
-                    await write(rig, vcpu, *(BASE * 4 + page * PAGE for page in wrote))
-                    found = await written(rig, ram.block)
-                    assert set(found) >= set(wrote)
-            for _ in range(20):  # it finds its place again
-                await write(rig, vcpu, BASE * 4)
-                if await written(rig, ram.block) == [0]:
-                    break
-            else:
-                pytest.fail("pages that were not written are taken for ever")
-            await write(rig, vcpu, BASE * 4 + PAGE, BASE * 4 + 2 * PAGE)
-            assert await written(rig, ram.block) == [1, 2]
-            assert vm.statistics().dirty_ring_overflows > 3
-
-    async def test_b12_overflow_while_the_guest_writes(self, rig: Rig) -> None:
-        """B12: whatever this kernel does, a small ring ends in an equal copy."""
-        pages = 2500
-        ram = MemoryRegion.ram("ram", pages * PAGE)
-        rig.system.add_subregion(BASE * 4, ram)
-        copy = bytearray(pages * PAGE)
-        async with rig.open(dirty_log=DirtyLogMethod.RING, dirty_ring_entries=1024) as vm:
-            vcpu = await vm.create_vcpu()
-            await rig.memory.dirty_log_start()
-            copy[:] = ram.block.view
-            for number in range(6):
-                for first in range(0, pages, 250):  # so many fit into the guest's code
-                    stores = [
-                        Write(BASE * 4 + page * PAGE, 1, number + 1)
-                        for page in range(first, first + 250)
-                    ]
-                    rig.load(vcpu, *stores, Halt())
-                    await vcpu.run()
-                if number % 2:
-                    await rig.memory.dirty_log_sync()
-                    for offset, size in ram.block.take_dirty(MIGRATION):
-                        copy[offset : offset + size] = ram.block.view[offset : offset + size]
-        for offset, size in ram.block.take_dirty(MIGRATION):
-            copy[offset : offset + size] = ram.block.view[offset : offset + size]
-        assert copy == ram.block.view
-
-    @pytest.mark.parametrize("entries", [3, 1000, 1 << 20])
-    async def test_sizes_that_there_are_not(self, rig: Rig, entries: int) -> None:
-        """The error says which there are."""
-        with pytest.raises(KvmUnavailableError, match=r"power of two from 1,024 to 65,536"):
-            async with rig.open(dirty_log=DirtyLogMethod.RING, dirty_ring_entries=entries):
-                pass
-
-    async def test_kernels_without(self) -> None:
-        """The error says which kernels have it, and what else there is."""
-        absent = {kernel.CAP_DIRTY_LOG_RING: 0, kernel.CAP_DIRTY_LOG_RING_ACQ_REL: 0}
-        rig = Rig(FakeKvm(capabilities=absent))
-        with pytest.raises(KvmUnavailableError, match="no dirty ring: use Linux"):
-            async with rig.open(dirty_log=DirtyLogMethod.RING):
-                pass
-
-    async def test_older_kernels(self) -> None:
-        """KVM_CAP_DIRTY_LOG_RING will do."""
-        rig = Rig(FakeKvm(capabilities={kernel.CAP_DIRTY_LOG_RING_ACQ_REL: 0}))
-        async with rig.open(dirty_log=DirtyLogMethod.RING) as vm:
-            vcpu = await vm.create_vcpu()
-            await rig.memory.dirty_log_start()
-            await write(rig, vcpu, 0x9000)
-            assert 9 in await written(rig, rig.low.block)
-
-
 class TestFailure:
     """T13: the kernel says no."""
 
@@ -418,22 +273,6 @@ class TestFailure:
             assert (vm.memslots, rig.memory.broken) == (before, None)
             await write(rig, vcpu, BASE + 2 * PAGE)
             assert await written(rig, ram.block) == [1, 2]
-
-    async def test_clearing(self) -> None:
-        """The error leaves take_dirty, and the bits are there the next time."""
-        fake = FakeKvm()
-        rig = Rig(fake)
-        async with rig.open() as vm:
-            vcpu = await vm.create_vcpu()
-            await rig.memory.dirty_log_start()
-            await write(rig, vcpu, 0x9000)
-            await rig.memory.dirty_log_sync()
-            fake.fail("KVM_CLEAR_DIRTY_LOG", errno=errno.ENOMEM)
-            with pytest.raises(KvmError, match=r"KVM_CLEAR_DIRTY_LOG: slot 0 .*'low' logged: "):
-                rig.low.block.take_dirty(MIGRATION)
-            assert 9 in taken(rig.low.block)
-            await write(rig, vcpu, 0x9000)
-            assert 9 in await written(rig, rig.low.block)
 
     @pytest.mark.parametrize("nth", range(1, 5))
     async def test_b12_at_every_ioctl(self, nth: int) -> None:

@@ -33,7 +33,8 @@ from memlistener.core.kinds import RegionKind
 from memlistener.errors import KvmError, MemslotError
 from memlistener.histogram import Histogram
 from memlistener.kvm import backend as kernel
-from memlistener.kvm.dirty_log import DirtyBitmapLog, DirtyLog, DirtyLogsOf, Logged
+from memlistener.kvm.dirty_bitmap import DirtyBitmapLog
+from memlistener.kvm.dirty_log import DirtyLog, DirtyLogsOf, Logged
 from memlistener.kvm.policy import KickPolicy
 from memlistener.kvm.slots import (
     MAX_SLOT_BYTES,

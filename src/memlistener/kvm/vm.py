@@ -16,7 +16,9 @@ from memlistener.errors import KvmUnavailableError, RegionError, TransactionErro
 from memlistener.instrument import Instrument
 from memlistener.kvm import backend as kernel
 from memlistener.kvm.coalesced import Coalesced
-from memlistener.kvm.dirty_log import RING_ENTRIES, DirtyLogMethod, open_dirty_log
+from memlistener.kvm.dirty_bitmap import DirtyBitmapLog
+from memlistener.kvm.dirty_log import DirtyLog, DirtyLogMethod
+from memlistener.kvm.dirty_ring import RING_ENTRIES, DirtyRingLog
 from memlistener.kvm.io_listener import KvmIoListener
 from memlistener.kvm.kick import KickIoctls
 from memlistener.kvm.listener import (
@@ -316,7 +318,7 @@ async def open_vm(
                 "has one with CONFIG_KVM_SMM; leave smm out, and vCPUs see memory in system "
                 "management mode, too"
             )
-        log = open_dirty_log(handle, dirty_log, dirty_ring_entries)
+        log = _dirty_log(handle, dirty_log, dirty_ring_entries)
         stack.callback(log.close)
         kind: type[KvmMemoryListener] = (
             KvmRingMemoryListener if dirty_log is DirtyLogMethod.RING else KvmBitmapMemoryListener
@@ -345,6 +347,21 @@ async def open_vm(
         # have been a handler of the very write.
         await vm._close()
         await coalesced.drain_at_end()
+
+
+def _dirty_log(vm: kernel.VmHandle, method: DirtyLogMethod, ring_entries: int) -> DirtyLog:
+    """The one that ``method`` asks for, switched on in the kernel.
+
+    Raises:
+        KvmUnavailableError: The kernel does not have it.
+    """
+    if method is DirtyLogMethod.RING:
+        return DirtyRingLog(vm, entries=ring_entries)
+    offered = vm.check_extension(kernel.CAP_MANUAL_DIRTY_LOG_PROTECT2)
+    manual = method is DirtyLogMethod.MANUAL_PROTECT and bool(
+        offered & kernel.DIRTY_LOG_MANUAL_PROTECT_ENABLE
+    )
+    return DirtyBitmapLog(vm, manual=manual)
 
 
 def _open() -> kernel.KvmBackend:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
+
 from memlistener import DirtyClient, MemoryRegion, RamBlock
-from memlistener.kvm import Vcpu
+from memlistener.kvm import DirtyLogMethod, Vcpu
 from memlistener.testing import Halt, Write
 from tests.kvm.rig import PAGE, Rig
 
 VGA, CODE, MIGRATION = DirtyClient
 BASE = 0x200000
 PAGES = 16
+
+by_method = pytest.mark.parametrize("method", DirtyLogMethod, ids=lambda each: each.value)
 
 
 async def write(rig: Rig, vcpu: Vcpu, *addresses: int) -> None:

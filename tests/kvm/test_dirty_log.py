@@ -28,14 +28,13 @@ from tests.kvm.dirty import (
     MIGRATION,
     PAGES,
     VGA,
+    by_method,
     sixteen_pages,
     taken,
     write,
     written,
 )
 from tests.kvm.rig import PAGE, SLOT_IOCTL, Rig
-
-by_method = pytest.mark.parametrize("method", DirtyLogMethod, ids=lambda each: each.value)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ GOOD = Result(
     dirty_last=90,
     copied=256_000,
     final_stop=7e-3,
+    ring_overflows=0,
     holes=0,
     passes=(10, 20),
     host_writes=2_345,
@@ -50,6 +51,14 @@ def test_good_run_exits_0() -> None:
     """No page differs, and everybody got on."""
     assert GOOD.exit_status == 0
     assert GOOD.verdict == "0 of 16,384 pages differ."
+
+
+def test_ring_overflows_are_shown_where_there_are_any() -> None:
+    """They explain why there was so much to copy; they are no failure."""
+    assert "ring overflows" not in rendered(GOOD)
+    result = attrs.evolve(GOOD, ring_overflows=3)
+    assert "ring overflows" in rendered(result)
+    assert result.exit_status == 0
 
 
 def test_a_page_that_differs_fails_and_is_named() -> None:

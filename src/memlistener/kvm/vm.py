@@ -282,8 +282,8 @@ async def open_vm(
         instruments: Who watches, from the first ioctl on.
 
     Raises:
-        KvmUnavailableError: /dev/kvm cannot be used, or not with such a dirty log;
-            or not with a second address space; says why and the mend.
+        KvmUnavailableError: /dev/kvm cannot be used, or not with such a dirty log or
+            a second address space; says why and the mend.
         KvmError: The kernel refuses the VM or its memory.
         RegionError: ``io`` or ``smm`` belongs to another memory system.
         TransactionError: Inside a transaction of the same task.

@@ -36,6 +36,8 @@ class Result:
         dirty_last: In the last round.
         copied: Pages copied in all.
         final_stop: How long the guest was stopped for the last round; 0 before.
+        ring_overflows: How often a vCPU noticed too late that its dirty ring was full,
+            so that all pages counted as written.
         holes: Accesses to memory that no slot covered.
         passes: How often each vCPU has written to all of its memory.
         host_writes: How often a device of the host wrote to it.
@@ -62,6 +64,7 @@ class Result:
     dirty_last: int
     copied: int
     final_stop: float
+    ring_overflows: int
     holes: int
     passes: tuple[int, ...]
     host_writes: int
@@ -154,6 +157,11 @@ class Result:
             ("", f"{self.dirty_max:,}", "worst", False),
             ("", f"{self.dirty_last:,}", "last, with the guest stopped", False),
             ("pages copied", f"{self.copied:,}", copied, False),
+            *(
+                [("ring overflows", f"{self.ring_overflows:,}", "then all counts as dirty", False)]
+                if self.ring_overflows
+                else []
+            ),
         ]
 
     def _work_rows(self) -> list[Row]:

@@ -308,6 +308,7 @@ class _Tally:
             dirty_last=self._dirty_last,
             copied=self._copied,
             final_stop=self.final_stop,
+            ring_overflows=now.dirty_ring_overflows,
             holes=now.holes,
             passes=self._passes(),
             host_writes=self._writers.host_writes,

@@ -508,7 +508,7 @@ async def test_shadow_of_a_failed_transaction() -> None:
 
 
 @given(st.data())
-@examples(dev=60, ci=1000)
+@examples(dev=60, ci=300)
 async def test_shadow_against_a_naive_page_table(data: st.DataObject) -> None:
     """Whatever is mapped, unmapped, hidden and shown: the copy is what can be seen of the table."""
     iommu = data.draw(st.sampled_from([Iommu, ReplayingIommu]))(0x10000)

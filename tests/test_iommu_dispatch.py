@@ -249,7 +249,7 @@ def test_on_thread(machine: Machine) -> None:
 
 
 @given(st.data())
-@examples(dev=60, ci=1000)
+@examples(dev=60, ci=300)
 async def test_against_a_naive_page_table(data: st.DataObject) -> None:
     """Byte for byte what a page table says, for pages of mixed sizes and permissions."""
     memory = MemorySystem()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 import trio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from memlistener import AddressSpace, FlatView, MemoryRegion, MemorySystem, RegionError
@@ -13,10 +13,7 @@ from memlistener.testing.recording import Heard
 from memlistener.testing.strategies import TreePlan, tree_plans
 
 from . import naive
-from .trees import Mutation, mutations, snapshot
-
-# Two whole sequences for each example that other properties get.
-SEQUENCES = 2 * settings().max_examples
+from .trees import Mutation, examples, mutations, snapshot
 
 
 class Unwanted(Exception):
@@ -235,7 +232,7 @@ def _section(each: naive.Range) -> tuple[object, ...]:
     return section
 
 
-@settings(max_examples=SEQUENCES)
+@examples(dev=100, ci=2000)
 @given(scenarios())
 def test_listeners_hear_what_the_rules_say(plan: Scenario) -> None:
     """T3 to T8, T10, T13, F8: traces as the naive ones, replayed events give the view."""

@@ -317,7 +317,7 @@ async def test_a_region_that_shrank(machine: Machine) -> None:
 
 
 @given(st.data())
-@examples(dev=150, ci=2000)
+@examples(dev=150, ci=600)
 async def test_refused_at_every_position(data: st.DataObject) -> None:
     """Whoever refuses whichever part: all is as before, and was taken back in reverse."""
     machine = Machine()
@@ -744,7 +744,7 @@ async def test_t13_pins_of_a_failed_transaction(machine: Machine) -> None:
 
 
 @given(st.data())
-@examples(dev=60, ci=1000)
+@examples(dev=60, ci=300)
 async def test_pins_against_naive_sets(data: st.DataObject) -> None:
     """Whatever is populated, discarded, moved, hidden, or fails: pinned is what shows of it."""
     machine = Machine()

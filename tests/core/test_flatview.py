@@ -354,7 +354,7 @@ class TestUpdating:
         assert believed == {each.start: each for each in view}
 
 
-@examples(dev=100, ci=800)
+@examples(dev=100, ci=400)
 @given(
     tree_plans(limit=0x8000),
     st.lists(st.lists(mutations(0x8000), min_size=1, max_size=4), min_size=1, max_size=10),

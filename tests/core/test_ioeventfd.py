@@ -334,7 +334,7 @@ def cut(region: MemoryRegion, at: list[int], shift: int) -> FlatView:
     return FlatView.render(root)
 
 
-@examples(dev=100, ci=1000)
+@examples(dev=100, ci=300)
 @given(sets, sets, windows, windows, st.sampled_from((0, 0x100)))
 def test_any_two_states(
     before: tuple[IoEventFd, ...],

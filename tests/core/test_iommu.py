@@ -109,7 +109,7 @@ class TestIommuTlbEntry:
         ]
 
     @given(st.data())
-    @examples(dev=100, ci=2000)
+    @examples(dev=100, ci=600)
     def test_cropped_property(self, data: st.DataObject) -> None:
         """The pieces cover exactly the overlap, in order, aligned, and lead where the page does."""
         size = 1 << data.draw(st.integers(0, 12))

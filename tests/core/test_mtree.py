@@ -242,7 +242,7 @@ def test_most_machines_need_no_views() -> None:
 
 
 @given(plan=tree_plans())
-@examples(dev=100, ci=1000)
+@examples(dev=100, ci=300)
 def test_any_tree_comes_back(plan: TreePlan) -> None:
     """Whatever the tree, its -D text is read, and prints the same again."""
     regions = plan.build()
@@ -252,7 +252,7 @@ def test_any_tree_comes_back(plan: TreePlan) -> None:
 
 
 @given(plan=tree_plans(), data=st.data())
-@examples(dev=100, ci=1000)
+@examples(dev=100, ci=300)
 def test_any_tree_shows_the_same(plan: TreePlan, data: st.DataObject) -> None:
     """A tree read with its views shows what it showed, where the text says all of it.
 
@@ -276,7 +276,7 @@ def test_any_tree_shows_the_same(plan: TreePlan, data: st.DataObject) -> None:
 
 
 @given(plan=tree_plans())
-@examples(dev=100, ci=1000)
+@examples(dev=100, ci=300)
 def test_any_view_comes_back(plan: TreePlan) -> None:
     """Whatever shows, its text is read, and prints the same again."""
     text = format_flatviews([("memory", plan.build()[0])])

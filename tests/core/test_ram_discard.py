@@ -56,7 +56,7 @@ requests = st.lists(st.tuples(numbers, numbers, st.booleans()), max_size=20)
 
 
 @given(requests, st.integers(0, SIZE), st.integers(0, SIZE))
-@examples(dev=300, ci=5000)
+@examples(dev=300, ci=1000)
 def test_against_a_set(requests: list[tuple[int, int, bool]], low: int, high: int) -> None:
     """After any requests: the runs are those of a set of numbers, and none touch."""
     granules = PopulatedGranules("dimm", SIZE, PAGE)

@@ -13,7 +13,7 @@ from memlistener.testing.strategies import TreePlan, tree_plans
 from tests.trees import examples
 
 
-@examples(dev=150, ci=2000)
+@examples(dev=150, ci=600)
 @given(tree_plans(limit=0x10000))
 def test_the_same_view(plan: TreePlan) -> None:
     """F7: what every region of a tree comes down to renders the same; None renders empty."""

@@ -52,7 +52,7 @@ def found_anew(region: MemoryRegion, regions: list[MemoryRegion]) -> Way:
     return found
 
 
-@examples(dev=200, ci=2000)
+@examples(dev=150, ci=600)
 @given(st.data())
 def test_what_is_kept_is_true(data: st.DataObject) -> None:
     """Whatever changed, or was taken back, a way is what a walk from scratch finds."""
@@ -75,7 +75,7 @@ def test_what_is_kept_is_true(data: st.DataObject) -> None:
                 assert content(each._way) == content(found_anew(each, regions))
 
 
-@examples(dev=150, ci=1500)
+@examples(dev=100, ci=500)
 @given(
     tree_plans(limit=SPAN, max_regions=12),
     st.lists(mutations(SPAN), max_size=4),

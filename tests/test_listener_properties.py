@@ -232,7 +232,7 @@ def _section(each: naive.Range) -> tuple[object, ...]:
     return section
 
 
-@examples(dev=100, ci=2000)
+@examples(dev=100, ci=1000)
 @given(scenarios())
 def test_listeners_hear_what_the_rules_say(plan: Scenario) -> None:
     """T3 to T8, T10, T13, F8: traces as the naive ones, replayed events give the view."""

@@ -16,7 +16,9 @@ memory                 MemorySystem and transactions; its parts: address_space,
 iommu, ram_discard     notifiers of IOMMU regions; RAM that comes and goes
 vcpu                   a vCPU as a trio task and a thread of its own
 kvm, testing           KVM under it all; FakeKvm and helpers for your own tests
-cli                    the ``memlistener`` command: demo, mtree
+rig                    what commands that run a guest share
+demo, mirror           two such: guests under transactions; a copy of one's RAM
+cli                    the ``memlistener`` command: demo, mirror, mtree
 =====================  =========================================================
 
 Importing this package loads neither cffi nor the KVM extension; ``from

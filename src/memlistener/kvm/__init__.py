@@ -8,10 +8,14 @@ VM is opened on /dev/kvm, and `available` says whether that can work. With
 backend           the seam: three protocols that a kernel has to fulfil
 bindings, fds     the real one: the extension, and handles over its descriptors
 slots             pure planning of memslot ioctls
-listener          region_add and region_del -> ioctls in a bracket
+listener, policy  region_add and region_del -> ioctls in a bracket, and when
+dirty_log         a slot whose writes are logged; two ways to fetch them, in
+                  dirty_bitmap and dirty_ring; bitmaps: the extension's help
+kick              the kernel's own kick, where there is one
 io_listener       ioeventfds and coalesced ranges -> ioctls
 coalesced         the writes of coalesced ranges, served before any exit
-vcpu, exits       KVM_RUN, the dispatch of its exits, and the exits as values
+run, exits        KVM_RUN, the dispatch of its exits, and the exits as values
+vcpu              a vCPU as its users see it
 registers, x86    registers by name; real, protected and long mode
 vm                open_vm, which puts it all together
 ================  ==============================================================
